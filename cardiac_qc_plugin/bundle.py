@@ -1,0 +1,102 @@
+"""A MONAI bundle as a function from files to maps, usable from Python and by the pipeline."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import Compose, SaveImage, SaveImaged
+
+from .checkpoints import load_weights
+
+__all__ = ["BundlePredictor", "find_bundle"]
+
+
+def find_bundle(name: str, root: str | Path | None = None) -> Path:
+    """Folder of a bundle by its name, in ``root`` or in the repository's ``bundles``.
+
+    Raises:
+        ValueError: if there is no such bundle.
+    """
+    root = Path(__file__).parent.parent / "bundles" if root is None else Path(root)
+    folder = root / name
+    if not (folder / "configs" / "inference.json").is_file():
+        raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).")
+    return folder
+
+
+class BundlePredictor:
+    """Runs the parts of a bundle's ``configs/inference.json`` on one case after another, without writing files.
+
+    The bundle alone says how to preprocess, infer and postprocess; transforms that save files are left out.
+
+    Args:
+        folder: the bundle.
+        device: ``"auto"`` for the bundle's own choice, or a torch device.
+        overrides: entries of the config to replace, by id (``samples=20``).
+
+    Attributes:
+        config: the parsed configuration, a :class:`monai.bundle.ConfigParser`.
+        version: version in the bundle's metadata.
+        digest: digest of configuration, overrides and weights: equal digests give equal results.
+        weights_sha256: digest of the weights.
+
+    Raises:
+        ValueError: for an override that the config does not have, or weights that are missing or do not fit.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "auto", **overrides: Any) -> None:
+        folder = Path(folder)
+        self.name = folder.name
+        self.config = ConfigParser()
+        config_file = folder / "configs" / "inference.json"
+        self.config.read_config(str(config_file))
+        self.version = json.loads((folder / "configs" / "metadata.json").read_text())["version"]
+        unknown = [key for key in overrides if key not in self.config]
+        if unknown:
+            raise ValueError(f"{config_file} has no setting '{unknown[0]}'.")
+        overrides = {"bundle_root": str(folder), **overrides}
+        if device != "auto":
+            overrides["device"] = f"$torch.device('{device}')"
+        self.config.update(overrides)
+        self.config.parse()
+        weights = Path(self._get("ckpt_path"))
+        load_weights(self._get("network_def"), weights)
+        self.weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        settings = json.dumps({k: v for k, v in overrides.items() if k != "bundle_root"}, sort_keys=True)
+        parts = (config_file.read_text(), settings, self.weights_sha256)
+        self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self.device = self._get("device")
+        self.network = self._get("network").eval()
+        self.preprocessing = self._get("preprocessing")
+        self.inferer = self._get("inferer")
+        steps = self._get("postprocessing").transforms
+        self.postprocessing = Compose([step for step in steps if not isinstance(step, SaveImage | SaveImaged)])
+
+    def _get(self, key: str) -> Any:
+        return self.config.get_parsed_content(key)
+
+    def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
+        """Predict one case.
+
+        Args:
+            case: what the bundle's preprocessing reads, ``{"image": path}`` at least.
+
+        Returns:
+            The dictionary after postprocessing: maps ``(1, H, W, D)`` on the scan's own grid, and ``"result"``.
+
+        Raises:
+            ValueError: if preprocessing refuses the case; the message is the transform's own.
+        """
+        try:
+            data = self.preprocessing(case)
+        except RuntimeError as error:  # MONAI wraps what a transform raised, once for each level
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ValueError(str(cause)) from error
+        data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
+        with torch.no_grad():
+            return self.postprocessing(data)

@@ -1,0 +1,51 @@
+"""Weights as files: what is shipped, and what is read back."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["load_weights", "save_weights"]
+
+
+def save_weights(network: nn.Module, path: str | Path) -> None:
+    """Write a network's weights as a bare state dict in fp16 (integers as they are), under a temporary name first.
+
+    Batch normalization's statistics and all other values stay far inside fp16's range; loading converts back to fp32.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        key: (value.detach().cpu().half() if value.is_floating_point() else value.cpu()).contiguous()
+        for key, value in network.state_dict().items()
+    }
+    temporary = path.with_name(path.name + ".part")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Load a state dict, bare or under ``"model"``, into a network.
+
+    Raises:
+        ValueError: if the file is missing, is no state dict, or belongs to another network; the message says which keys differ.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Train the bundle, or fetch the weights that it ships.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+    except Exception as error:
+        raise ValueError(f"{path}: not a file of weights ({error}).") from error
+    expected = network.state_dict()
+    wrong = sorted(set(expected) ^ set(state))
+    wrong += [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if wrong:
+        raise ValueError(
+            f"{path}: these weights belong to another network than {type(network).__name__}: {len(wrong)} of "
+            f"{len(expected)} entries differ, '{wrong[0]}' first. Check network_def against the bundle they came from."
+        )
+    network.load_state_dict(state)
+    return network

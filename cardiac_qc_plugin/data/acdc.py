@@ -1,0 +1,93 @@
+"""Datalists of the ACDC challenge's 100 training patients, in MONAI's format."""
+
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["acdc_datalist", "read_info"]
+
+# patient076 is patient074's scan, labelled a second time: never on two sides of a split
+SAME_SCAN = (("patient074", "patient076"),)
+
+
+def read_info(path: Path) -> dict[str, str]:
+    """Entries of a patient's ``Info.cfg``: ED and ES frame, Group, Height (cm), Weight (kg).
+
+    Raises:
+        ValueError: if an entry that the datalist needs is missing.
+    """
+    pairs = (line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in pairs}
+    missing = [key for key in ("ED", "ES", "Group") if key not in info]
+    if missing:
+        raise ValueError(f"{path}: no entry for {', '.join(missing)}.")
+    return info
+
+
+def stratified_folds(groups: dict[str, str], folds: int, seed: int) -> dict[str, int]:
+    """Fold of each patient: each disease group is shuffled and dealt out in turn, patients of one scan together."""
+    rng = np.random.default_rng(seed)
+    twin = {second: first for first, second in SAME_SCAN if first in groups}
+    result: dict[str, int] = {}
+    for group in sorted(set(groups.values())):
+        members = [p for p in sorted(groups) if groups[p] == group and p not in twin]
+        free = [fold for _ in range(-(-len(members) // folds) + 1) for fold in range(folds)]
+        for patient in rng.permutation(members):
+            result[str(patient)] = free.pop(0)
+            for second, first in twin.items():
+                if first == patient and second in groups:
+                    result[second] = result[first]
+                    free.remove(result[first])  # the twin takes that fold's next place
+    return result
+
+
+def released_code_folds(groups: dict[str, str]) -> dict[str, int]:
+    """Folds of the authors' released code: blocks of five patients go to folds 3, 2, 1, 0 in turn."""
+    return {patient: 3 - (int(patient[-3:]) - 1) // 5 % 4 for patient in groups}
+
+
+def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = "stratified") -> dict:
+    """Datalist with folds, stratified by disease group; end-diastole and end-systole of a patient share a fold.
+
+    Args:
+        root: folder with ``patientNNN/patientNNN_frameFF.nii.gz``, ``..._gt.nii.gz`` and ``Info.cfg``.
+        folds: number of folds, at least 2.
+        seed: seed of the shuffle; recorded in the datalist.
+        split: ``"stratified"``, or ``"released_code"``: the authors' deterministic four folds, in which the scan that occurs
+            twice (patients 074 and 076) is in two folds.
+
+    Returns:
+        ``{"name", "seed", "split", ..., "training": [{"image", "label", "fold", "meta": {"patient", "phase", "group"}}, ...]}``
+        with paths relative to ``root``.
+
+    Raises:
+        ValueError: if the folder holds no patient, a listed frame is missing, or a setting is unknown.
+    """
+    root = Path(root)
+    if folds < 2 or split not in ("stratified", "released_code") or (split == "released_code" and folds != 4):
+        raise ValueError(
+            f"Choose 2 or more folds with split 'stratified', or 4 with 'released_code'; got {folds} and '{split}'."
+        )
+    infos = {path.parent.name: read_info(path) for path in sorted(root.glob("patient*/Info.cfg"))}
+    if not infos:
+        raise ValueError(f"{root}: no patientNNN/Info.cfg. Give the folder that holds ACDC's patient folders.")
+    groups = {patient: info["Group"] for patient, info in infos.items()}
+    fold = stratified_folds(groups, folds, seed) if split == "stratified" else released_code_folds(groups)
+    items = []
+    for patient, info in infos.items():
+        for phase in ("ED", "ES"):
+            stem = f"{patient}/{patient}_frame{int(info[phase]):02d}"
+            item = {"image": f"{stem}.nii.gz", "label": f"{stem}_gt.nii.gz", "fold": fold[patient]}
+            for path in (item["image"], item["label"]):
+                if not (root / path).is_file():
+                    raise ValueError(f"{root / path} is missing, but {patient}/Info.cfg lists it as {phase}.")
+            # nested, because MONAI's datafold_read takes every string of an item for a path
+            items.append({**item, "meta": {"patient": patient, "phase": phase, "group": info["Group"]}})
+    return {
+        "name": "ACDC training set",
+        "reference": "Bernard et al., IEEE TMI 37(11), 2018, doi 10.1109/TMI.2018.2837502",
+        "labels": {"0": "background", "1": "RV", "2": "LVM", "3": "LV"},
+        "split": split,
+        "seed": seed,
+        "training": items,
+    }

@@ -1,0 +1,226 @@
+"""Slice-wise inference with Monte Carlo dropout."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from monai.utils import convert_to_numpy
+from torch import nn
+
+from .transforms.regions import crop_box, crop_slice, paint_regions
+from .transforms.uncertainty import bayesian_map, predictive_entropy
+
+__all__ = ["AutocastInferer", "FailureRegionInferer", "MCDropoutSliceInferer"]
+
+_DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
+
+
+def reduced_precision(device: torch.device) -> bool:
+    """Whether bf16 convolutions are fast on the device: GPUs, and CPUs with AMX or AVX512-bf16 instructions."""
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def forward(network: Callable[..., torch.Tensor], inputs: torch.Tensor, amp: bool) -> torch.Tensor:
+    """One pass of a 2-D network in channels-last memory format, in bf16 where asked for and fast; fp32 logits."""
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp and reduced_precision(inputs.device)):
+        return network(inputs).float()
+
+
+class AutocastInferer(SimpleInferer):
+    """Training step's forward pass of a 2-D network in channels-last memory format and bf16 mixed precision.
+
+    MONAI's trainer casts on CUDA devices only; on CPUs with AMX this is what makes training ten times faster.
+
+    Args:
+        amp: use bf16 where the device has fast bf16 convolutions; fp32 elsewhere.
+    """
+
+    def __init__(self, amp: bool = True) -> None:
+        super().__init__()
+        self.amp = amp
+
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        return forward(network, inputs, self.amp)
+
+
+def dropout_modules(network: nn.Module) -> list[nn.Module]:
+    """All dropout modules of a network; a scripted module goes by the name of the class it was made from."""
+    return [m for m in network.modules() if getattr(m, "original_name", type(m).__name__) in _DROPOUT]
+
+
+@contextlib.contextmanager
+def sampling(network: nn.Module, active: bool) -> Iterator[None]:
+    """Evaluation mode with dropout on or off; every module's own mode is put back afterwards, also after an error."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        for module in dropout_modules(network) if active else []:
+            module.train()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class MCDropoutSliceInferer(Inferer):
+    """Segment a stack slice by slice, with the uncertainty maps of section III-B from the same pass.
+
+    Only dropout is active while sampling: batch normalization uses its running statistics, and all modules are left as
+    they were found. Mean and variance are accumulated (Welford), so memory does not grow with the number of samples. Random
+    numbers come from ``seed``; the global generator is left untouched.
+
+    Args:
+        samples: T, stochastic passes. With 1 the b-map is 0 (a spread needs two). With 0 dropout stays off: the
+            probabilities are the deterministic pass's, and the b-map is 0.
+        prediction: where the probabilities come from: ``"mean"`` of the samples (Eq. 2, what the paper pairs with the b-map), or
+            the ``"deterministic"`` pass without dropout (paired with the e-map).
+        sw_batch_size: slices per forward pass.
+        seed: seed of the samples; the same seed gives the same maps.
+        amp: bf16 where the device is fast at it, see :func:`reduced_precision`.
+        progress: called after each pass over a batch of slices with the share of the work done, in (0, 1].
+
+    Shape:
+        ``(B, C, H, W, D)``, slices last, to ``(B, 2 K + 2, H, W, D)`` for ``K`` classes: probabilities (K), b-map, e-map (entropy
+        of the deterministic pass), and votes (K): the share of samples whose most probable class is this one. Two-dimensional
+        input ``(B, C, H, W)`` gives the same without ``D``. :class:`~cardiac_qc_plugin.transforms.SplitUncertaintyd`
+        takes it apart.
+
+    Raises:
+        ValueError: if samples are asked of a network without dropout, or for another input rank or setting.
+
+    Example::
+
+        >>> from cardiac_qc_plugin.networks import DilatedCNN
+        >>> MCDropoutSliceInferer(samples=3)(torch.rand(1, 1, 32, 32, 5), DilatedCNN()).shape
+        torch.Size([1, 10, 32, 32, 5])
+    """
+
+    def __init__(
+        self,
+        samples: int = 10,
+        prediction: str = "mean",
+        sw_batch_size: int = 4,
+        seed: int = 0,
+        amp: bool = True,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if samples < 0:
+            raise ValueError(f"samples has to be 0 or more, got {samples}.")
+        if prediction not in ("mean", "deterministic"):
+            raise ValueError(f"prediction is 'mean' or 'deterministic', got '{prediction}'.")
+        self.samples = samples
+        self.prediction = prediction
+        self.sw_batch_size = sw_batch_size
+        self.seed = seed
+        self.amp = amp
+        self.progress = progress
+
+    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
+        if inputs.ndim not in (4, 5):
+            raise ValueError(f"Expected (B, C, H, W) or (B, C, H, W, D), got shape {tuple(inputs.shape)}.")
+        if self.samples > 0 and not dropout_modules(network):
+            raise ValueError(
+                f"{type(network).__name__} has no dropout module, so there is nothing to sample. "
+                "Use a network built with dropout, or samples=0."
+            )
+        inputs = inputs.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
+        slices = inputs if inputs.ndim == 4 else inputs.movedim(-1, 1).flatten(0, 1)
+        devices = [inputs.device] if inputs.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed)
+            chunks = slices.split(self.sw_batch_size)
+            maps = torch.cat([self._maps(c, network, i / len(chunks), 1 / len(chunks)) for i, c in enumerate(chunks)])
+        if inputs.ndim == 4:
+            return maps
+        return maps.unflatten(0, (inputs.shape[0], inputs.shape[-1])).movedim(1, -1)
+
+    def _maps(self, slices: torch.Tensor, network: nn.Module, done: float, share: float) -> torch.Tensor:
+        """Channels described in the class for ``(B, C, H, W)`` slices; reports ``done`` to ``done + share``."""
+
+        def probabilities() -> torch.Tensor:
+            return forward(network, slices, self.amp).softmax(dim=1)
+
+        def report(passes: int) -> None:
+            if self.progress is not None:
+                self.progress(done + share * passes / (self.samples + 1))
+
+        with sampling(network, active=False):
+            deterministic = probabilities()
+        report(1)
+        mean, m2, votes = (torch.zeros_like(deterministic) for _ in range(3))
+        with sampling(network, active=True):
+            for t in range(1, self.samples + 1):
+                sample = probabilities()
+                votes.scatter_add_(1, sample.argmax(dim=1, keepdim=True), torch.ones_like(votes[:, :1]))
+                delta = sample - mean
+                mean += delta / t
+                m2 += delta * (sample - mean)
+                report(t + 1)
+        std = (m2 / max(self.samples - 1, 1)).clamp_min(0).sqrt()
+        if self.samples == 0:
+            votes.scatter_(1, deterministic.argmax(dim=1, keepdim=True), 1.0)
+        use_mean = self.prediction == "mean" and self.samples > 0
+        return torch.cat(
+            [
+                mean if use_mean else deterministic,
+                bayesian_map(std, dim=1),
+                predictive_entropy(deterministic, dim=1),
+                votes / max(self.samples, 1),
+            ],
+            dim=1,
+        )
+
+
+class FailureRegionInferer(Inferer):
+    """Probability of a segmentation failure for each region of each slice (sections III-D and V-B).
+
+    The network sees a crop around the automatic segmentation of each slice, see
+    :func:`~cardiac_qc_plugin.transforms.crop_box`; the probability of a region is painted on all its pixels, and
+    pixels outside the crop are 0.
+
+    Args:
+        region_size: edge of a region in pixels, the network's output stride.
+        min_size: smallest side of a crop in pixels, a multiple of ``region_size``.
+        see_segmentation: give the network the segmentation too, label numbers as its third channel.
+        amp: bf16 where the device is fast at it, see :func:`reduced_precision`.
+
+    Shape:
+        ``(B, 3, H, W, D)``: image, uncertainty map and automatic labels 0-3, to ``(B, 1, H, W, D)`` in [0, 1].
+
+    Raises:
+        ValueError: for another number of channels or axes.
+    """
+
+    def __init__(
+        self, region_size: int = 8, min_size: int = 80, see_segmentation: bool = False, amp: bool = True
+    ) -> None:
+        super().__init__()
+        self.region_size = region_size
+        self.min_size = min_size
+        self.see_segmentation = see_segmentation
+        self.amp = amp
+
+    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
+        if inputs.ndim != 5 or inputs.shape[1] != 3:
+            raise ValueError(
+                "Expected image, uncertainty map and segmentation as (B, 3, H, W, D), "
+                f"got shape {tuple(inputs.shape)}."
+            )
+        stacks = convert_to_numpy(inputs).astype(np.float32)
+        painted = np.zeros((stacks.shape[0], 1, *stacks.shape[2:]), dtype=np.float32)
+        with torch.no_grad(), sampling(network, active=False):
+            for index, stack in enumerate(stacks):
+                for z in range(stack.shape[-1]):
+                    box = crop_box(stack[2, ..., z], self.region_size, self.min_size)
+                    crop = crop_slice(stack[..., z], box)
+                    patch = torch.from_numpy(crop[None, : 3 if self.see_segmentation else 2])
+                    logits = forward(network, patch.to(inputs.device), self.amp)
+                    cells = logits.softmax(dim=1)[0, 1].cpu().numpy()
+                    painted[index, 0, ..., z] = paint_regions(cells, box, stack.shape[1:3], self.region_size)
+        return torch.from_numpy(painted).to(inputs.device)

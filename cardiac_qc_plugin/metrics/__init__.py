@@ -1,0 +1,76 @@
+"""Measures of the paper's section IV as pure functions on numpy arrays: volumes (H, W, D), lengths in mm."""
+
+from cardiac_qc_plugin.metrics.calibration import RiskCoverage, voxel_risk_coverage
+from cardiac_qc_plugin.metrics.clinical import (
+    Agreement,
+    ClinicalIndices,
+    agreement,
+    clinical_indices,
+    structure_volumes,
+)
+from cardiac_qc_plugin.metrics.detection import (
+    OperatingPoint,
+    PatientAveragePrecision,
+    RegionCurve,
+    SlicePrecisionRecall,
+    VolumeDetection,
+    aurc,
+    choose_threshold,
+    failing_slice_percentage,
+    operating_point,
+    patient_average_precision,
+    pooled_average_precision,
+    region_curve,
+    slice_precision_recall,
+)
+from cardiac_qc_plugin.metrics.segmentation import (
+    CLASS_NAMES,
+    SegmentationSummary,
+    StructureScore,
+    dice_and_hausdorff,
+    summarize,
+)
+from cardiac_qc_plugin.metrics.statistics import (
+    MeanSd,
+    SignificanceTest,
+    mann_whitney_u,
+    mean_sd,
+    paired_values,
+    pearson,
+    wilcoxon_signed_rank,
+)
+
+__all__ = [
+    "CLASS_NAMES",
+    "Agreement",
+    "ClinicalIndices",
+    "MeanSd",
+    "OperatingPoint",
+    "PatientAveragePrecision",
+    "RegionCurve",
+    "RiskCoverage",
+    "SegmentationSummary",
+    "SignificanceTest",
+    "SlicePrecisionRecall",
+    "StructureScore",
+    "VolumeDetection",
+    "agreement",
+    "aurc",
+    "choose_threshold",
+    "clinical_indices",
+    "dice_and_hausdorff",
+    "failing_slice_percentage",
+    "mann_whitney_u",
+    "mean_sd",
+    "operating_point",
+    "paired_values",
+    "patient_average_precision",
+    "pearson",
+    "pooled_average_precision",
+    "region_curve",
+    "slice_precision_recall",
+    "structure_volumes",
+    "summarize",
+    "voxel_risk_coverage",
+    "wilcoxon_signed_rank",
+]

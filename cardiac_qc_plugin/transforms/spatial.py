@@ -1,0 +1,106 @@
+"""Checks of a scan as it was read, and the network's in-plane spacing with an exact way back."""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Spacingd, Transform
+
+__all__ = ["CheckScan", "CheckScand", "InPlaneSpacingd", "check_spacing", "spacing_of"]
+
+
+def check_spacing(spacing: Sequence[float], name: str) -> None:
+    """Refuse voxel sizes that no short-axis stack has.
+
+    Args:
+        spacing: voxel size in mm of (row, column, slice).
+        name: the file, for the message.
+
+    Raises:
+        ValueError: if a size is not positive and finite, or if all are 1 mm: such a header lost its spacing.
+    """
+    listed = " x ".join(f"{size:g}" for size in spacing)
+    if not all(np.isfinite(size) and size > 0 for size in spacing):
+        raise ValueError(f"{name}: the voxel size of {listed} mm is not positive. Correct the header's pixdim.")
+    if np.allclose(spacing, 1.0):
+        raise ValueError(
+            f"{name}: the header says 1 x 1 x 1 mm, so the true voxel size was lost: short-axis slices are "
+            "5 to 10 mm apart. Write the scan's voxel size into the header (pixdim and affine)."
+        )
+
+
+def spacing_of(image: MetaTensor) -> tuple[float, float, float]:
+    """Voxel size in mm of (row, column, slice) of a channel-first ``(C, H, W, D)`` image, from its affine."""
+    return tuple(float(norm) for norm in image.affine[:3, :3].norm(dim=0))
+
+
+class CheckScan(Transform):
+    """Refuse a scan that cannot be a short-axis stack, with a message that names the file.
+
+    MONAI's NIfTI reader takes the voxel size from the header's ``pixdim`` where the affine disagrees with it (in
+    ACDC the affine says 1 mm), so the affine can be trusted here.
+
+    Raises:
+        ValueError: for another shape than ``(1, H, W, D)``, NaN or infinite voxels, a constant image, or a voxel size
+            that is zero or 1 x 1 x 1 mm.
+    """
+
+    def __call__(self, image: MetaTensor) -> MetaTensor:
+        name = str(image.meta.get("filename_or_obj", "image"))
+        if image.ndim != 4 or image.shape[0] != 1:
+            raise ValueError(
+                f"{name}: expected one 3-D stack of slices, got an image of shape {tuple(image.shape[1:])} with "
+                f"{image.shape[0]} channel(s). Give one phase of a cine at a time."
+            )
+        if not bool(torch.isfinite(image).all()):
+            count = int((~torch.isfinite(image)).sum())
+            raise ValueError(f"{name}: {count} voxels are NaN or infinite. Repair or re-export the scan.")
+        if float(image.max()) == float(image.min()):
+            raise ValueError(f"{name}: every voxel is {float(image.max()):g}. The file holds no image.")
+        check_spacing(spacing_of(image), name)
+        return image
+
+
+class CheckScand(MapTransform):
+    """Dictionary form of :class:`CheckScan`."""
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        check = CheckScan()
+        return {**data, **{key: check(data[key]) for key in self.key_iterator(data)}}
+
+
+class InPlaneSpacingd(Spacingd):
+    """Resample slices to a square in-plane voxel size; the slices stay where they are (section II).
+
+    The inverse, through :class:`monai.transforms.Invertd`, returns to the original grid, whatever its size.
+    MONAI 1.6's ``Spacingd`` touches every dictionary entry whose name starts with a key and an underscore
+    (``image_path`` of a server's request, say); this one hands it its own keys only.
+
+    Args:
+        keys: images or labels, channel-first ``(C, H, W, D)``.
+        spacing: voxel size in mm of the first two axes.
+        mode: interpolation, ``"bilinear"`` or ``"nearest"``, one or one per key.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: float = 1.4,
+        mode: str | Sequence[str] = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        if spacing <= 0:
+            raise ValueError(f"spacing has to be positive, in mm, got {spacing}.")
+        super().__init__(
+            keys,
+            pixdim=(spacing, spacing, -1.0),
+            mode=mode,
+            padding_mode="border",
+            allow_missing_keys=allow_missing_keys,
+        )
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        own = {key: data[key] for key in self.keys if key in data}
+        return {**data, **super().__call__(own, lazy=lazy)}

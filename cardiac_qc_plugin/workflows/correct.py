@@ -1,0 +1,165 @@
+"""Correction of flagged regions: simulated with reference labels, or an expert's edits (paper, V-C)."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from cardiac_qc_plugin import __version__
+from cardiac_qc_plugin.transforms.correction import Rule, apply_edits, simulate_correction
+from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failure_mask
+from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_volume, write_json, write_like
+from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, read_labels, read_reference
+
+__all__ = ["correct"]
+
+SEGMENTATION, REGIONS = "segmentation.nii.gz", "failure_regions.nii.gz"
+Method = Callable[[str, Path, Volume], tuple[np.ndarray, dict[str, Any], dict[str, Path]]]
+"""From a case's name, folder and segmentation to its corrected labels, what to note, and the files used."""
+
+
+def correct(
+    predictions: str | Path,
+    output: str | Path,
+    reference: str | Path | None = None,
+    edited: str | Path | None = None,
+    rule: Rule = "paper",
+    criterion: str | None = None,
+    on_outside: Literal["error", "drop"] = "error",
+    apex: Literal["last", "first"] = "last",
+) -> Outcome:
+    """Write ``<output>/<case>/segmentation.nii.gz``, corrected, and ``correction.json`` of every case.
+
+    Args:
+        predictions: output folder of ``run``.
+        output: where to write, outside `predictions`.
+        reference: folder of reference labels, for simulated correction.
+        edited: folder of the masks that an expert edited; exactly one of `reference` and `edited`.
+        rule: simulated correction: which voxels take the reference, see `simulate_correction`.
+        criterion: simulated correction: preset that says what a failure is, for the rules "released_code" and
+            "upper_bound"; by default "released_code" for the first and "paper" for the second.
+        on_outside: expert's edits outside flagged regions: an error, or dropped and counted.
+        apex: end of the slice axis at which the apex lies.
+
+    Returns:
+        How many voxels changed, and the cases that failed.
+
+    Raises:
+        ValueError: an unknown or contradictory setting, or a folder without cases or label files.
+        OSError: the output cannot be written.
+    """
+    predictions, output = Path(predictions), Path(output)
+    if (reference is None) == (edited is None):
+        raise ValueError("Give one of reference (simulated correction) and edited (an expert's masks).")
+    if output.resolve().is_relative_to(predictions.resolve()):
+        raise ValueError(
+            f"{output} is in the predictions {predictions}: write the corrections somewhere else."
+        )
+    if edited is not None:
+        if (rule, criterion) != ("paper", None):
+            raise ValueError(
+                "rule and criterion belong to simulated correction; leave them out with edited masks."
+            )
+        method = _expert(References(edited), on_outside)
+    else:
+        method = _simulated(References(reference), rule, criterion, apex)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def correct_case(case: str, folder: Path) -> dict[str, Any]:
+        segmentation = read_labels(folder / SEGMENTATION)
+        labels, notes, sources = method(case, folder, segmentation)
+        changed = labels != segmentation.data
+        record = {
+            "case": case,
+            **notes,
+            "n_voxels_changed": int(changed.sum()),
+            "slices_changed": np.flatnonzero(changed.any(axis=(0, 1))).tolist(),
+            "sources": {
+                name: {"path": str(path.resolve()), "sha256": file_sha256(path)}
+                for name, path in {"segmentation": folder / SEGMENTATION, **sources}.items()
+            },
+            "versions": {"cardiac_qc_plugin": __version__},
+        }
+        (output / case / "correction.json").unlink(
+            missing_ok=True
+        )  # it says that the segmentation is complete
+        write_like(output / case / SEGMENTATION, labels, segmentation)
+        write_json(output / case / "correction.json", record)
+        return record
+
+    records, failures = each_case(predictions, correct_case, "correct")
+    return Outcome(_summary(list(records.values()), failures, output), failures)
+
+
+def _simulated(references: References, rule: Rule, criterion: str | None, apex: str) -> Method:
+    if rule not in get_args(Rule):
+        raise ValueError(f"Unknown correction rule {rule!r}; choose one of {list(get_args(Rule))}.")
+    if rule == "paper" and criterion is not None:
+        raise ValueError(
+            "The rule 'paper' corrects all of a flagged region, failures or not: give no criterion."
+        )
+    if rule != "paper":
+        criterion = criterion or ("released_code" if rule == "released_code" else "paper")
+        FailureCriterion.preset(criterion)
+
+    def simulate(case: str, folder: Path, segmentation: Volume) -> tuple:
+        sources = {"reference": references.find(case, folder)}
+        reference = read_reference(sources["reference"], segmentation)
+        notes = {"kind": "simulated", "rule": rule, "criterion": criterion, "apex": apex}
+        flagged = failures = None
+        if rule != "paper":
+            failures = failure_mask(segmentation.data, reference, segmentation.spacing[:2], criterion, apex)
+            notes["n_failure_voxels"] = int(failures.sum())
+        if rule != "upper_bound":
+            flagged, sources["failure_regions"] = _flagged(folder, segmentation)
+            notes["n_regions_flagged"] = _n_regions(flagged)
+        return simulate_correction(segmentation.data, reference, flagged, failures, rule), notes, sources
+
+    return simulate
+
+
+def _expert(masks: References, on_outside: str) -> Method:
+    if on_outside not in ("error", "drop"):
+        raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
+
+    def accept(case: str, folder: Path, segmentation: Volume) -> tuple:
+        sources = {"edited": masks.find(case, folder)}
+        flagged, sources["failure_regions"] = _flagged(folder, segmentation)
+        edited = read_labels(sources["edited"]).data
+        try:
+            labels, report = apply_edits(segmentation.data, edited, flagged, on_outside)
+        except ValueError as error:
+            raise ValueError(f"{sources['edited']}: {error}") from error
+        notes = {"kind": "expert", "on_outside": on_outside, "n_regions_flagged": _n_regions(flagged)}
+        return labels, {**notes, "edits": asdict(report)}, sources
+
+    return accept
+
+
+def _flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
+    """The map of flagged regions of a case, (H, W, D), and its file."""
+    path = folder / REGIONS
+    regions = read_volume(path).data
+    if regions.shape != segmentation.data.shape:
+        raise ValueError(
+            f"{path}: shape {regions.shape}, but the segmentation has {segmentation.data.shape}."
+        )
+    return regions, path
+
+
+def _n_regions(flagged: np.ndarray) -> int:
+    return int(np.unique(flagged[flagged != 0]).size)
+
+
+def _summary(records: list[dict[str, Any]], failures: dict[str, str], output: Path) -> str:
+    voxels = sum(record["n_voxels_changed"] for record in records)
+    touched = sum(record["n_voxels_changed"] > 0 for record in records)
+    lines = [f"Corrected {len(records)} cases: {voxels} voxels changed, in {touched} cases. Result: {output}"]
+    if regions := [record["n_regions_flagged"] for record in records if "n_regions_flagged" in record]:
+        lines.append(f"Flagged regions: {sum(regions)}.")
+    if dropped := sum(record["edits"]["n_outside"] for record in records if "edits" in record):
+        lines.append(f"Edited voxels outside the flagged regions, dropped: {dropped}.")
+    lines += [f"FAILED {case}: {message}" for case, message in failures.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,142 @@
+"""What the stages read and write. Every file appears under its name only when it is complete."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from cardiac_qc_plugin.transforms.spatial import check_spacing
+
+__all__ = [
+    "Volume",
+    "case_folders",
+    "file_sha256",
+    "read_json",
+    "read_volume",
+    "write_json",
+    "write_like",
+    "write_text",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A stack of slices as it lies in a file.
+
+    Attributes:
+        data: voxels, (H, W, D), slices last.
+        spacing: voxel size in mm of (row, column, slice), from the header's ``pixdim``.
+        image: the NIfTI image, for its affine and header.
+    """
+
+    data: np.ndarray
+    spacing: tuple[float, float, float]
+    image: nib.Nifti1Image
+
+
+def open_nifti(path: Path) -> nib.Nifti1Image:
+    """A NIfTI image whose voxels have not been read yet.
+
+    Raises:
+        ValueError: if the file is missing or no NIfTI file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    try:
+        return nib.load(path)
+    except Exception as error:  # nibabel raises its own, gzip's and zlib's errors
+        raise ValueError(f"{path}: not a NIfTI image, or a damaged one ({error}).") from error
+
+
+def read_volume(path: str | Path, frame: int | None = None) -> Volume:
+    """Read one stack of slices from a 3-D NIfTI file, or one phase of a 4-D file.
+
+    Raises:
+        ValueError: if the file is unreadable or truncated, has another number of dimensions, or a voxel size that no
+            short-axis stack has; the message names the file.
+    """
+    path = Path(path)
+    image = open_nifti(path)
+    if image.ndim != (3 if frame is None else 4):
+        expected = "one stack of slices (3-D)" if frame is None else "a cine (4-D)"
+        raise ValueError(f"{path}: expected {expected}, got {image.ndim} dimensions of {image.shape}.")
+    spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
+    check_spacing(spacing, str(path))
+    try:
+        data = np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])
+    except Exception as error:
+        raise ValueError(f"{path}: the file is truncated or damaged ({error}). Fetch it again.") from error
+    return Volume(data, spacing, image)
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Write under a temporary name in the same folder, then rename; nothing is left behind on failure."""
+    temporary = path.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix decides nibabel's compression
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+
+
+def write_like(path: Path, array: np.ndarray, volume: Volume) -> None:
+    """Write an (H, W, D) array with its own data type on the grid, affine and header codes of a volume."""
+    header = volume.image.header.copy()
+    header.set_data_shape(array.shape)
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = header["cal_min"] = 0
+    # affine None: sform, qform and their codes stay as the scan's header has them
+    _write(path, nib.Nifti1Image(array, None, header).to_filename)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON; NaN is no JSON, so it has to be None by now."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: if the file is missing or damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def case_folders(root: str | Path) -> list[Path]:
+    """Folders under ``root`` that hold a segmentation, sorted.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folders = sorted(path.parent for path in Path(root).rglob("segmentation.nii.gz"))
+    if not folders:
+        raise ValueError(f"{root}: no segmentation.nii.gz in it. Give the output folder of 'run'.")
+    return folders

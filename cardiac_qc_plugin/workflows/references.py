@@ -1,0 +1,191 @@
+"""The cases of a folder, one by one, and the reference labels that belong to them."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from cardiac_qc_plugin.data.acdc import read_info
+from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
+from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
+
+__all__ = ["Outcome", "References", "each_case", "patient_and_phase", "read_labels", "read_reference"]
+
+T = TypeVar("T")
+NIFTI = re.compile(r"(?P<stem>[^.].*?)(?P<mark>_gt|_seg)?\.nii(\.gz)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did.
+
+    Attributes:
+        text: for the terminal, failures included.
+        failures: what went wrong, by case; if there is any, the command has to exit non-zero.
+    """
+
+    text: str
+    failures: dict[str, str]
+
+
+def each_case(
+    root: Path, work: Callable[[str, Path], T], description: str
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Call `work` with name and folder of every case under `root`; a broken case does not stop the others.
+
+    Args:
+        root: output folder of an earlier stage, or one case's folder.
+        work: raises ValueError for a case that it cannot do; other errors stop all.
+        description: what the progress bar says.
+
+    Returns:
+        The results and the error messages, both by case name: the folder's path under `root`.
+
+    Raises:
+        ValueError: there is no case.
+    """
+    results, failures = {}, {}
+    for folder in tqdm(case_folders(root), desc=description, unit="case", disable=None):
+        name = folder.resolve().relative_to(root.resolve()).as_posix()
+        name = folder.resolve().name if name == "." else name
+        try:
+            results[name] = work(name, folder)
+        except ValueError as error:
+            failures[name] = str(error)
+    return results, failures
+
+
+class References:
+    """Label files under a folder, found by the name of the case they belong to.
+
+    For a case ``patient001_frame01``, anywhere under the folder: ``patient001_frame01_gt.nii.gz`` or
+    ``_seg.nii.gz``; failing these ``patient001_frame01/segmentation.nii.gz``, as the stages write it; failing
+    that ``patient001_frame01.nii.gz``, which beside a ``_gt`` file is the scan. ``.nii`` serves as well.
+
+    Args:
+        root: the folder; it is read once.
+
+    Raises:
+        ValueError: the folder is missing or holds no NIfTI file.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        # by the last part of the case's name: how good the file's name is, the name with folders, the file
+        self.files: dict[str, list[tuple[int, tuple[str, ...], Path]]] = {}
+        for path in sorted(self.root.rglob("*.nii*")):
+            if match := NIFTI.fullmatch(path.name):
+                folders = path.parent.relative_to(self.root).parts
+                if match["stem"] == "segmentation" and not match["mark"] and folders:
+                    rank, parts = 1, folders
+                else:
+                    rank, parts = 0 if match["mark"] else 2, (*folders, match["stem"])
+                self.files.setdefault(parts[-1], []).append((rank, parts, path))
+        if not self.files:
+            raise ValueError(
+                f"{self.root}: no such folder, or no NIfTI file in it. Give a folder of label files."
+            )
+
+    def find(self, case: str, own: Path) -> Path:
+        """The label file of a case.
+
+        Args:
+            case: name of the case; with folders (``cine/phase03``), these have to match as well.
+            own: the case's own folder; nothing is measured against itself.
+
+        Raises:
+            ValueError: there is none, or more than one equally good.
+        """
+        wanted = tuple(case.split("/"))
+        found = [
+            (rank, path)
+            for rank, parts, path in self.files.get(wanted[-1], [])
+            if parts[-len(wanted) :] == wanted and path.parent.resolve() != own.resolve()
+        ]
+        lowest = min((rank for rank, _ in found), default=0)
+        best = [path for rank, path in found if rank == lowest]
+        if not best:
+            raise ValueError(
+                f"{self.root}: no label file for {case}. Looked there and in all folders below for "
+                f"{case}_gt.nii.gz, {case}_seg.nii.gz, {case}/segmentation.nii.gz, {case}.nii.gz (or .nii)."
+            )
+        if len(best) > 1:
+            raise ValueError(
+                f"{self.root}: {len(best)} label files for {case}: {', '.join(map(str, best))}. "
+                "Keep one of them, or give a folder with only one."
+            )
+        return best[0]
+
+
+def read_labels(path: Path) -> Volume:
+    """Read a label map as uint8 (H, W, D), values 0-3.
+
+    Raises:
+        ValueError: if the file cannot be read, or has another value; the message names it.
+    """
+    volume = read_volume(path)
+    try:
+        (labels,) = as_label_volumes(**{"the label map": volume.data})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Volume(labels, volume.spacing, volume.image)
+
+
+def read_reference(path: Path, prediction: Volume) -> np.ndarray:
+    """Read the reference labels of a prediction, uint8 (H, W, D).
+
+    Raises:
+        ValueError: if the file cannot be read, lies on another grid than the prediction, has values other
+            than 0-3 or no label at all; the message names it.
+    """
+    reference = read_labels(path)
+    if reference.data.shape != prediction.data.shape:
+        raise ValueError(
+            f"{path}: shape {reference.data.shape}, but the prediction has {prediction.data.shape}. "
+            "Give the labels of this scan, on its own grid."
+        )
+    if not np.allclose(reference.spacing, prediction.spacing, rtol=0.01):
+        raise ValueError(
+            f"{path}: voxel size {_listed(reference.spacing)} mm, but the prediction has "
+            f"{_listed(prediction.spacing)} mm. Give the labels of this scan, or correct the header."
+        )
+    if not reference.data.any():
+        raise ValueError(f"{path}: no label at all, only background. Nothing can be measured against it.")
+    return reference.data
+
+
+def _listed(spacing: tuple[float, float, float]) -> str:
+    return " x ".join(f"{size:.4g}" for size in spacing)
+
+
+def patient_and_phase(case: str, reference: Path) -> tuple[str, str]:
+    """Patient of a case, and its phase: "ED", "ES" or "unknown".
+
+    ``<patient>_ed`` and ``<patient>_es`` tell both. The phase of ``<patient>_frame01`` is in the ``Info.cfg``
+    that ACDC has beside the reference. The phases of a cine, ``<patient>/phase00``, are unknown.
+
+    Raises:
+        ValueError: if that ``Info.cfg`` does not give the frames of end-diastole and end-systole.
+    """
+    if match := re.fullmatch(r"(.+)_(ed|es)", case, re.IGNORECASE):
+        return match[1], match[2].upper()
+    if match := re.fullmatch(r"(.+)/phase\d+", case):
+        return match[1], "unknown"
+    match = re.fullmatch(r"(.+)_frame(\d+)", case)
+    if not match:
+        return case, "unknown"
+    info = reference.parent / "Info.cfg"
+    if not info.is_file():
+        return match[1], "unknown"
+    frames = read_info(info)
+    try:
+        phases = {int(frames[phase]): phase for phase in ("ED", "ES")}
+    except ValueError as error:
+        raise ValueError(
+            f"{info}: ED {frames['ED']!r} and ES {frames['ES']!r} have to be frame numbers."
+        ) from error
+    return match[1], phases.get(int(match[2]), "unknown")

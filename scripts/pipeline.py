@@ -1,0 +1,173 @@
+"""Command line of the pipeline: segment short-axis cine MRI, and find where the segmentation failed.
+
+    python scripts/pipeline.py demo     --output DIR
+    python scripts/pipeline.py run      --input PATH --output DIR
+    python scripts/pipeline.py datalist --dataset acdc --root DIR --output folds.json
+    python scripts/pipeline.py correct  --predictions DIR --reference DIR --output DIR
+    python scripts/pipeline.py evaluate --predictions DIR --reference DIR --output DIR
+
+`python scripts/pipeline.py COMMAND --help` explains the options of a command.
+"""
+
+import sys
+
+
+def _bundles(model: str, map: str, samples: int, device: str, bundle_dir: str | None, threshold: float | None):
+    """The segmentation bundle and the failure bundle for its network and map."""
+    from cardiac_qc_plugin.bundle import BundlePredictor, find_bundle
+
+    if model not in ("dn", "drn", "unet"):
+        raise ValueError(f"--model is dn, drn or unet, got '{model}'.")
+    if map not in ("bmap", "emap"):
+        raise ValueError(f"--map is bmap or emap, got '{map}'.")
+    settings = {} if threshold is None else {"threshold": threshold}
+    segmenter = BundlePredictor(
+        find_bundle(f"cardiac_{model}_segmentation", bundle_dir), device, map=map, samples=samples
+    )
+    failure_bundle = find_bundle("cardiac_segmentation_failure", bundle_dir)
+    return segmenter, BundlePredictor(failure_bundle, device, map=map, segmentation_model=model, **settings)
+
+
+def _summary(cases: list[dict], output: str) -> None:
+    """What was found, and where."""
+    flagged = [qc for qc in cases if qc["detection"]["regions"]]
+    regions = sum(len(qc["detection"]["regions"]) for qc in cases)
+    slices = sum(len(qc["detection"]["flagged_slices"]) for qc in cases)
+    total = sum(qc["input"]["shape"][2] for qc in cases)
+    print(f"\n{len(cases)} scan(s): {regions} regions flagged in {slices} of {total} slices, in {len(flagged)} scan(s).")
+    for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"])[:10]:
+        volumes = ", ".join(f"{name} {ml:.0f} ml" for name, ml in qc["segmentation"]["volume_ml"].items())
+        listed = ", ".join(str(z + 1) for z in qc["detection"]["flagged_slices"]) or "none"
+        print(f"  {qc['case']}: {volumes}; slices to review: {listed}")
+    print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
+
+
+def run(
+    input: str,
+    output: str,
+    model: str = "drn",
+    map: str = "bmap",
+    samples: int = 10,
+    device: str = "auto",
+    threshold: float | None = None,
+    root: str | None = None,
+    bundle_dir: str | None = None,
+) -> None:
+    """Segment scans and flag the regions where the segmentation probably failed.
+
+    Args:
+        input: a NIfTI file (3-D or 4-D), a folder of them, an ACDC folder, or a MONAI datalist.
+        output: folder for the results; what is already there with the same input and settings is skipped.
+        model: segmentation network: dn, drn or unet.
+        map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
+        samples: Monte Carlo samples T.
+        device: auto, cpu, cuda, cuda:1, ...
+        threshold: failure probability from which a region is flagged, instead of the bundle's operating point.
+        root: folder that the paths in a datalist are relative to.
+        bundle_dir: folder of the bundles, instead of the repository's.
+    """
+    from cardiac_qc_plugin.data.inputs import find_scans
+    from cardiac_qc_plugin.workflows.run import run as run_workflow
+
+    scans = find_scans(input, root)
+    _summary(run_workflow(scans, output, *_bundles(model, map, samples, device, bundle_dir, threshold)), output)
+
+
+def demo(output: str, seed: int = 1, device: str = "auto") -> None:
+    """Write the scans of a synthetic heart at end-diastole and end-systole, and run on them.
+
+    Args:
+        output: folder for the phantom (``phantom/``), the results and the report.
+        seed: seed of the phantom's anatomy.
+        device: auto, cpu, cuda, ...
+    """
+    from pathlib import Path
+
+    from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
+    from cardiac_qc_plugin.workflows.evaluate import evaluate as evaluate_workflow
+
+    scans = Path(output) / "phantom"
+    write_phantom(scans, "phantom", ShortAxisPhantom(seed=seed))
+    run(str(scans), output, device=device)
+    print(evaluate_workflow(output, scans, Path(output) / "evaluation"))
+
+
+def datalist(root: str, output: str, dataset: str = "acdc", folds: int = 4, seed: int = 0, split: str = "stratified") -> None:
+    """Write a MONAI datalist with folds that keep a patient's scans together.
+
+    Args:
+        root: folder of the data set; paths in the datalist are relative to it.
+        output: the datalist, a JSON file.
+        dataset: acdc.
+        folds: number of folds.
+        seed: seed of the stratified shuffle.
+        split: stratified, or released_code (the authors' four folds).
+    """
+    from pathlib import Path
+
+    from cardiac_qc_plugin.data.acdc import acdc_datalist
+    from cardiac_qc_plugin.workflows.files import write_json
+
+    if dataset != "acdc":
+        raise ValueError(f"--dataset is acdc, got '{dataset}'.")
+    items = acdc_datalist(root, folds, seed, split)
+    write_json(Path(output), items)
+    print(f"{output}: {len(items['training'])} scans in {folds} folds.")
+
+
+def correct(
+    predictions: str,
+    output: str,
+    reference: str | None = None,
+    edited: str | None = None,
+    rule: str = "paper",
+    criterion: str | None = None,
+    on_outside: str = "error",
+) -> None:
+    """Correct flagged regions: simulated with references, or by an expert's edited masks.
+
+    Args:
+        predictions: output folder of run.
+        output: folder for the corrected segmentations.
+        reference: folder with reference labels, for a simulated correction.
+        edited: folder with edited masks, for an expert's correction; only voxels in flagged regions may change.
+        rule: paper, released_code or upper_bound (simulated correction).
+        criterion: failure criterion, paper or released_code; the rule's own by default.
+        on_outside: edits outside flagged regions are an error, or dropped and counted (drop).
+    """
+    from cardiac_qc_plugin.workflows.correct import correct as correct_workflow
+
+    print(correct_workflow(predictions, output, reference, edited, rule, criterion, on_outside))
+
+
+def evaluate(predictions: str, reference: str, output: str, compare: str | None = None) -> None:
+    """Score segmentations, clinical indices, uncertainty and failure detection against references.
+
+    Args:
+        predictions: output folder of run or correct.
+        reference: folder with reference labels (``<case>_gt.nii.gz``); ACDC's layout gives the phases too.
+        output: folder for tables, curves and figures.
+        compare: a second folder of predictions, corrected ones say, to test the difference.
+    """
+    from cardiac_qc_plugin.workflows.evaluate import evaluate as evaluate_workflow
+
+    print(evaluate_workflow(predictions, reference, output, compare))
+
+
+def main() -> None:
+    """Run a command; an error is one line, and a non-zero exit code."""
+    import fire
+
+    commands = {"demo": demo, "run": run, "datalist": datalist, "correct": correct, "evaluate": evaluate}
+    try:
+        fire.Fire(commands, name="pipeline.py")
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cardiac_qc_plugin.checkpoints import load_weights, save_weights
+from cardiac_qc_plugin.networks import DilatedCNN
+
+
+def network(seed: int = 0, **options) -> DilatedCNN:
+    torch.manual_seed(seed)
+    net = DilatedCNN(features=(3, 4), dilations=(1, 2), classifier_features=5, **options)
+    net.layers[5].running_mean.normal_()  # as after training
+    net.layers[5].num_batches_tracked.fill_(70_000)  # beyond fp16's range
+    return net
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_weights(network(), tmp_path / "models" / "model.pt")  # makes the folder
+    return tmp_path / "models" / "model.pt"
+
+
+def test_round_trip(weights):
+    target = network(seed=1)
+    assert load_weights(target, weights) is target
+    for (name, value), expected in zip(target.state_dict().items(), network().state_dict().values(), strict=True):
+        assert value.dtype == expected.dtype, name
+        rounded = expected.numpy().astype(np.float16) if expected.is_floating_point() else expected.numpy()
+        np.testing.assert_array_equal(value.numpy(), rounded.astype(value.numpy().dtype), err_msg=name)
+
+
+def test_file_is_a_bare_state_dict_in_half_precision(weights):
+    state = torch.load(weights, weights_only=True)
+    assert list(state) == list(network().state_dict())
+    for value in state.values():
+        assert value.dtype == (torch.float16 if value.is_floating_point() else torch.int64)
+    assert [path.name for path in weights.parent.iterdir()] == ["model.pt"]
+
+
+def test_saving_twice_replaces_the_file(weights):
+    save_weights(network(seed=1), str(weights))
+    expected = network(seed=1).layers[0].weight.half()
+    assert torch.equal(torch.load(weights, weights_only=True)["layers.0.weight"], expected)
+
+
+def test_saving_leaves_the_network_alone(tmp_path):
+    net = network().to(memory_format=torch.channels_last).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    save_weights(net, tmp_path / "model.pt")
+    for name, value in net.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+    assert net.training and all(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_failed_save_leaves_nothing_new(exists, tmp_path, monkeypatch):
+    """As when the disk fills up after some bytes: neither a partial file nor a lost old one."""
+    path = tmp_path / "model.pt"
+    if exists:
+        path.write_bytes(b"old")
+
+    def full_disk(state, file, **options):
+        with open(file, "wb") as stream:
+            stream.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(network(), path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({"model.pt": b"old"} if exists else {})
+
+
+def test_weights_beyond_half_precision_are_refused(tmp_path):
+    """Otherwise they would turn into infinity without a word."""
+    net = network()
+    net.layers[5].running_var[0] = 1e6
+    with pytest.raises(ValueError, match="layers.5.running_var"):
+        save_weights(net, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trainers_checkpoint_is_read(tmp_path):
+    """As MONAI's CheckpointSaver writes it: the state dict under "model", beside the optimizer's."""
+    path = tmp_path / "checkpoint.pt"
+    net = network()
+    torch.save({"model": net.state_dict(), "optimizer": torch.optim.Adam(net.parameters()).state_dict()}, path)
+    loaded = load_weights(network(seed=1), path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True))
+
+
+# Files that are refused; each message names the file, and the network stays as it was
+
+
+def corrupt(path):
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def no_weights(path):
+    torch.save([1, 2, 3], path)
+
+
+def text(path):
+    path.write_text("not a checkpoint\n")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def optimizer_only(path):
+    torch.save({"optimizer": {}}, path)
+
+
+def code(path):
+    """A pickle that would run a command."""
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "attacked"),)
+
+    path.write_bytes(pickle.dumps(Attack(), protocol=2))
+
+
+def numbers(path):
+    torch.save(dict.fromkeys(network().state_dict(), 1.0), path)
+
+
+def strange_model(path):
+    torch.save({"model": 3}, path)
+
+
+@pytest.mark.parametrize(
+    "damage", [corrupt, no_weights, text, empty, optimizer_only, code, numbers, strange_model], ids=lambda f: f.__name__
+)
+def test_damaged_file(damage, weights):
+    damage(weights)
+    net = network(seed=1)
+    with pytest.raises(ValueError, match="model.pt") as error:
+        load_weights(net, weights)
+    assert str(weights) in str(error.value)
+    assert not (weights.parent / "attacked").exists()
+    assert torch.equal(net.layers[0].weight, network(seed=1).layers[0].weight)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="none.pt: no such file"):
+        load_weights(network(), tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("other", "entry"),
+    [
+        (lambda: network(in_channels=2), "layers.0.weight"),  # another shape
+        (lambda: nn.Conv2d(1, 4, 1), "bias"),  # other names
+        (lambda: nn.Sequential(network()), "0.layers.0.bias"),
+    ],
+)
+def test_weights_of_another_network(weights, other, entry):
+    net = other()
+    before = [value.clone() for value in net.state_dict().values()]
+    with pytest.raises(ValueError, match="belong to another network") as error:
+        load_weights(net, weights)
+    for part in (str(weights), type(net).__name__, f"'{entry}'"):
+        assert part in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))

@@ -1,0 +1,528 @@
+import gc
+import io
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor, decollate_batch, list_data_collate
+from monai.transforms import Compose, Invertd
+from scipy.stats import entropy
+from torch import nn
+
+from cardiac_qc_plugin.inferers import AutocastInferer, FailureRegionInferer, MCDropoutSliceInferer, reduced_precision
+from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
+from cardiac_qc_plugin.transforms import InPlaneSpacingd, SplitUncertaintyd
+
+CPU = torch.device("cpu")
+
+
+def small_network(dropout: float = 0.4) -> DilatedCNN:
+    """A trained network's stand-in: batch normalization with statistics of its own, dropout in every layer but one."""
+    torch.manual_seed(11)
+    network = DilatedCNN(features=(6, 6), dilations=(1, 2), classifier_features=8, dropout=dropout)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0.2, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def stack(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def infer(inputs, network=None, **options):
+    options = {"samples": 4, "amp": False, **options}
+    return MCDropoutSliceInferer(**options)(inputs, network or small_network())
+
+
+def split(maps: np.ndarray) -> dict[str, np.ndarray]:
+    """The inferer's channels, classes first."""
+    maps = np.moveaxis(np.asarray(maps), 1, 0)
+    return {"probabilities": maps[:4], "bmap": maps[4], "emap": maps[5], "votes": maps[6:]}
+
+
+def softmax(logits: torch.Tensor) -> np.ndarray:
+    value = np.exp(logits.numpy().astype(np.float64))
+    return value / value.sum(axis=1, keepdims=True)
+
+
+def by_hand(slices: torch.Tensor, network: nn.Module, samples: int, chunk: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """All samples in memory, then numpy: for each batch of slices T passes with only dropout in training mode."""
+    torch.manual_seed(seed)
+    stacks, sure = [], []
+    with torch.no_grad():
+        for part in slices.split(chunk):
+            network.eval()
+            sure.append(softmax(network(part)))
+            for module in network.modules():
+                if isinstance(module, nn.Dropout | nn.Dropout2d):
+                    module.train()
+            stacks.append(np.stack([softmax(network(part)) for _ in range(samples)]))
+    network.eval()
+    drawn, deterministic = np.concatenate(stacks, axis=1), np.concatenate(sure)
+    most = drawn.argmax(axis=2)
+    return {
+        "probabilities": np.moveaxis(drawn.mean(axis=0), 1, 0),
+        "deterministic": np.moveaxis(deterministic, 1, 0),
+        "bmap": np.minimum(2 * drawn.std(axis=0, ddof=min(samples - 1, 1)), 1).mean(axis=1),
+        "emap": entropy(deterministic, axis=1) / np.log(4),
+        "votes": np.stack([(most == c).mean(axis=0) for c in range(4)]),
+    }
+
+
+# The maps
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_maps_equal_those_of_stored_samples(chunk):
+    network, slices = small_network(), stack(5, 1, 12, 9)
+    expected = by_hand(slices, network, samples=6, chunk=chunk, seed=3)
+    result = split(infer(slices, network, samples=6, sw_batch_size=chunk, seed=3))
+    assert expected["bmap"].max() > 0.1  # otherwise nothing was sampled
+    for name, value in result.items():
+        np.testing.assert_allclose(value, expected[name], atol=2e-6, err_msg=name)
+
+
+def test_deterministic_prediction_has_the_same_maps():
+    network, slices = small_network(), stack(3, 1, 8, 8)
+    mean, sure = split(infer(slices, network)), split(infer(slices, network, prediction="deterministic"))
+    expected = by_hand(slices, network, samples=4, chunk=4)["deterministic"]
+    np.testing.assert_allclose(sure["probabilities"], expected, atol=2e-6)
+    assert np.abs(mean["probabilities"] - sure["probabilities"]).max() > 0.01
+    for name in ("bmap", "emap", "votes"):
+        np.testing.assert_array_equal(mean[name], sure[name])
+
+
+def test_probabilities_and_votes_sum_to_1():
+    result = split(infer(stack(2, 1, 10, 10, 3), samples=7))
+    np.testing.assert_allclose(result["probabilities"].sum(axis=0), 1, atol=1e-5)
+    np.testing.assert_allclose(result["votes"].sum(axis=0), 1, atol=1e-6)
+    np.testing.assert_allclose(result["votes"] * 7, (result["votes"] * 7).round(), atol=1e-5)
+    for name in ("bmap", "emap"):
+        assert result[name].min() >= 0 and result[name].max() <= 1
+
+
+def test_stack_equals_its_slices():
+    """(B, C, H, W, D) is the same as its B * D slices, image after image."""
+    network, volume = small_network(), stack(2, 1, 7, 10, 3)
+    slices = torch.stack([volume[b, :, :, :, k] for b in range(2) for k in range(3)])
+    flat, whole = infer(slices, network), infer(volume, network)
+    assert whole.shape == (2, 10, 7, 10, 3)
+    for b in range(2):
+        for k in range(3):
+            assert torch.equal(whole[b, ..., k], flat[3 * b + k])
+
+
+def test_number_of_classes_is_the_networks():
+    network = DilatedCNN(out_channels=2, features=(3,), dilations=(1,))
+    assert infer(stack(1, 1, 6, 6, 2), network).shape == (1, 2 * 2 + 2, 6, 6, 2)
+
+
+def test_several_input_channels():
+    assert infer(stack(1, 2, 16, 16), FailureResNet()).shape == (1, 6, 2, 2)
+
+
+def test_one_sample():
+    network, slices = small_network(), stack(2, 1, 8, 8)
+    result = split(infer(slices, network, samples=1))
+    expected = by_hand(slices, network, samples=1, chunk=4)
+    np.testing.assert_allclose(result["probabilities"], expected["probabilities"], atol=2e-6)
+    np.testing.assert_array_equal(result["votes"], expected["votes"])
+    np.testing.assert_array_equal(result["bmap"], 0)
+
+
+@pytest.mark.parametrize("prediction", ["mean", "deterministic"])
+@pytest.mark.parametrize("make", [small_network, lambda: nn.Conv2d(1, 4, 3, padding=1)], ids=["dropout", "none"])
+def test_no_samples(make, prediction):
+    network, slices = make().eval(), stack(2, 1, 8, 8)
+    result = split(infer(slices, network, samples=0, prediction=prediction))
+    with torch.no_grad():
+        expected = softmax(network(slices))
+    np.testing.assert_allclose(np.moveaxis(result["probabilities"], 0, 1), expected, atol=2e-6)
+    np.testing.assert_allclose(result["emap"], entropy(expected, axis=1) / np.log(4), atol=2e-6)
+    np.testing.assert_array_equal(result["bmap"], 0)
+    np.testing.assert_array_equal(result["votes"].argmax(0), result["probabilities"].argmax(0))
+    assert set(np.unique(result["votes"])) == {0.0, 1.0}
+
+
+def test_no_amp_is_exact():
+    """Also where the caller's autocast is on."""
+    network, slices = small_network(), stack(2, 1, 9, 9)
+    with torch.no_grad():
+        expected = network(slices.contiguous(memory_format=torch.channels_last)).softmax(dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(infer(slices, network, samples=0)[:, :4], expected)
+
+
+def test_amp_stays_close():
+    network, slices = small_network(), stack(2, 1, 16, 16)
+    exact, fast = (infer(slices, network, samples=0, amp=amp) for amp in (False, True))
+    assert fast.dtype == torch.float32
+    assert (fast - exact)[:, :4].abs().max() < 0.03
+    assert torch.equal(fast, exact) != reduced_precision(CPU)
+
+
+# Random numbers
+
+
+def test_seed_decides():
+    network, volume = small_network(), stack(1, 1, 8, 8, 3)
+    torch.manual_seed(1)
+    first = infer(volume, network, seed=1)
+    torch.manual_seed(2)
+    assert torch.equal(infer(volume, network, seed=1), first)
+    assert not torch.allclose(infer(volume, network, seed=2)[:, 4], first[:, 4])
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_global_generator_is_untouched(samples):
+    before = torch.manual_seed(4).get_state()
+    inferer, network, volume = MCDropoutSliceInferer(samples=samples, amp=False), small_network(), stack(1, 1, 6, 6, 2)
+    torch.set_rng_state(before)
+    inferer(volume, network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_devices_generators_are_untouched(monkeypatch):
+    """torch.manual_seed would seed every GPU, in use by this inferer or not."""
+    seeded, network = [], small_network()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    infer(stack(1, 1, 6, 6, 2), network)
+    assert seeded == []
+
+
+def test_samples_and_slices_differ():
+    """Each slice and each sample has a mask of its own: the b-map of repeated slices is not the same."""
+    volume = stack(1, 1, 10, 10, 1).expand(-1, -1, -1, -1, 3)
+    bmap = infer(volume)[0, 4]
+    assert not torch.allclose(bmap[..., 0], bmap[..., 1])
+    assert not torch.allclose(bmap[..., 1], bmap[..., 2])
+
+
+# The network is left as it was found
+
+
+class Failing(nn.Module):
+    """Raises in its n-th pass."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.network = small_network()
+        self.passes = passes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes -= 1
+        if self.passes < 0:
+            raise RuntimeError("out of memory")
+        return self.network(x)
+
+
+def mixed_modes(network: nn.Module) -> nn.Module:
+    """As a user may have frozen parts of a network in training."""
+    network.train()
+    for index, module in enumerate(network.modules()):
+        if index % 3 == 0:
+            module.training = False
+    return network
+
+
+def snapshot(network: nn.Module) -> tuple[list[bool], dict[str, torch.Tensor]]:
+    return [m.training for m in network.modules()], {k: v.clone() for k, v in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("mode", [nn.Module.train, nn.Module.eval, mixed_modes])
+@pytest.mark.parametrize("passes", [0, 1, 3, 100])
+def test_network_is_unchanged(mode, passes):
+    network, volume = mode(Failing(passes)), stack(1, 1, 6, 6, 3)
+    flags, state = snapshot(network)
+    rng = torch.get_rng_state()
+    if passes < 100:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            infer(volume, network)
+    else:
+        infer(volume, network)
+    assert torch.equal(torch.get_rng_state(), rng)
+    after, values = snapshot(network)
+    assert after == flags
+    assert all(torch.equal(values[name], state[name]) for name in state)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("mode", [nn.Module.train, nn.Module.eval, mixed_modes])
+def test_maps_do_not_depend_on_the_mode_before(mode):
+    volume = stack(1, 1, 6, 6, 2)
+    assert torch.equal(infer(volume, mode(small_network())), infer(volume))
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_maps_do_not_depend_on_the_grad_mode(context):
+    volume, expected = stack(1, 1, 6, 6, 2), infer(stack(1, 1, 6, 6, 2))
+    with context():
+        enabled = torch.is_grad_enabled()
+        result = infer(volume)
+        assert torch.is_grad_enabled() == enabled
+    assert not result.requires_grad and torch.equal(result, expected)
+
+
+def test_input_is_unchanged():
+    volume = stack(1, 1, 6, 6, 2)
+    infer(volume)
+    assert torch.equal(volume, stack(1, 1, 6, 6, 2))
+
+
+# Memory and progress
+
+
+def peak_of_alive_tensors(samples: int) -> int:
+    """Largest number of tensors of one sample's shape that were alive at any pass."""
+    peak = 0
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = small_network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nonlocal peak
+            alive = sum(type(o) is torch.Tensor and o.shape == (2, 4, 5, 7) for o in gc.get_objects())
+            peak = max(peak, alive)
+            return self.network(x)
+
+    infer(stack(2, 1, 5, 7), Counting(), samples=samples)
+    return peak
+
+
+def test_memory_does_not_grow_with_the_samples():
+    gc.collect()
+    assert peak_of_alive_tensors(12) == peak_of_alive_tensors(3) < 10
+
+
+@pytest.mark.parametrize(("slices", "samples"), [(3, 4), (1, 0), (21, 10)])
+def test_progress(slices, samples):
+    seen = []
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Dropout2d(0.5))
+    infer(stack(1, 1, 2, 2, slices), network, samples=samples, sw_batch_size=1, progress=seen.append)
+    assert len(seen) == slices * (samples + 1)
+    np.testing.assert_allclose(np.diff([0.0, *seen]), 1 / len(seen), atol=1e-12)
+    assert seen[-1] == 1.0
+
+
+# Other forms of network and input
+
+
+@pytest.mark.parametrize("reload", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_torchscript_gives_the_same_maps(reload, training):
+    network, volume = small_network(), stack(1, 1, 9, 8, 3)
+    scripted = torch.jit.script(network.train(training))
+    if reload:
+        buffer = io.BytesIO()
+        torch.jit.save(scripted, buffer)
+        buffer.seek(0)
+        scripted = torch.jit.load(buffer)
+    flags, state = snapshot(scripted)
+    assert any(flags) == training
+    result = infer(volume, scripted)
+    torch.testing.assert_close(result, infer(volume, network), rtol=0, atol=1e-6)
+    assert result[:, 4].max() > 0.1
+    after, values = snapshot(scripted)
+    assert after == flags
+    assert all(torch.equal(values[name], state[name]) for name in state)
+
+
+NETWORKS = {
+    "dn": lambda **k: DilatedCNN(features=(4, 4), dilations=(1, 1), **k),
+    "drn": DilatedResNet22,
+    "unet": lambda **k: BayesianUNet(features=(4, 4, 4), **k),
+    "detector": lambda **k: FailureResNet(in_channels=1, **k),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_of_the_paper_can_be_sampled(name):
+    network = NETWORKS[name]()
+    flags = [module.training for module in network.modules()]
+    result = infer(stack(2, 1, 16, 24), network, samples=2)
+    assert torch.isfinite(result).all() and result[:, (result.shape[1] - 2) // 2].max() > 0  # b-map
+    assert [module.training for module in network.modules()] == flags
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("form", ["eager", "scripted"])
+def test_network_built_without_dropout_cannot_be_sampled(name, form):
+    """Instead of a b-map of zeros, which would look like certainty."""
+    if form == "scripted" and name == "drn":
+        pytest.skip("its parts are the detector's; scripting takes seconds")
+    network = NETWORKS[name](dropout=0.0)
+    network = torch.jit.script(network) if form == "scripted" else network
+    with pytest.raises(ValueError, match="dropout"):
+        infer(stack(1, 1, 16, 16), network, samples=1)
+    infer(stack(1, 1, 16, 16), network, samples=0)
+
+
+@pytest.mark.parametrize("samples", [1, 10])
+def test_network_that_has_no_dropout_module(samples):
+    with pytest.raises(ValueError, match="Conv2d has no dropout.*samples=0"):
+        infer(stack(1, 1, 6, 6), nn.Conv2d(1, 4, 1), samples=samples)
+
+
+def test_subclass_of_a_dropout_module_is_sampled():
+    class MyDropout(nn.Dropout2d):
+        pass
+
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), MyDropout(0.5))
+    assert infer(stack(1, 1, 6, 6), network)[:, 4].max() > 0
+
+
+def test_maps_return_to_each_scans_own_grid():
+    """As the evaluator does it: two scans in a batch, decollated, split, and inverted by their own metadata."""
+    affines = [np.diag([1.6, 1.8, 8.0, 1.0]), np.diag([-1.6, 1.8, 6.0, 1.0])]
+    before = Compose([InPlaneSpacingd("image")])
+    scans = [
+        before({"image": MetaTensor(stack(1, 11, 15, 3) + i, affine=affine, meta={"filename_or_obj": f"{i}.nii"})})
+        for i, affine in enumerate(affines)
+    ]
+    batch = list_data_collate(scans)
+    batch["pred"] = infer(batch["image"], sw_batch_size=4)
+    plain = infer(torch.stack([scan["image"].as_tensor() for scan in scans]), sw_batch_size=4)
+    np.testing.assert_array_equal(np.asarray(batch["pred"]), plain)
+    after = Compose([SplitUncertaintyd("pred"), Invertd(["pred", "bmap", "emap"], before, orig_keys="image")])
+    for i, item in enumerate(decollate_batch(batch)):
+        done = after(item)
+        for key, channels in (("pred", 4), ("bmap", 1), ("emap", 1)):
+            assert done[key].shape == (channels, 11, 15, 3), key
+            np.testing.assert_allclose(done[key].affine, affines[i])
+            assert done[key].meta["filename_or_obj"] == f"{i}.nii"
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 8, 8, 2, 2)])
+def test_other_ranks_are_refused(shape):
+    with pytest.raises(ValueError, match="B, C, H, W"):
+        infer(stack(*shape))
+
+
+@pytest.mark.parametrize("options", [{"samples": -1}, {"prediction": "median"}])
+def test_unknown_settings_are_refused(options):
+    with pytest.raises(ValueError, match=str(*options.values())):
+        MCDropoutSliceInferer(**options)
+
+
+# The training step's inferer
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_autocast_inferer(amp):
+    network, image = small_network(), stack(2, 1, 16, 16)
+    result = AutocastInferer(amp=amp)(image, network)
+    expected = network(image.contiguous(memory_format=torch.channels_last))
+    assert result.dtype == torch.float32 and result.requires_grad
+    assert (result - expected).abs().max() <= (0.03 * expected.abs().max() if amp else 0.0)
+    assert torch.equal(result, expected) != (amp and reduced_precision(CPU))
+    result.sum().backward()
+    for parameter in network.parameters():
+        assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_only_where_it_is_fast(fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    seen = []
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Identity())
+    network[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    AutocastInferer()(stack(1, 1, 4, 4), network)
+    assert seen == [torch.bfloat16 if fast else torch.float32]
+
+
+# The detector's inferer
+
+
+class RegionMeans(nn.Module):
+    """Logit of a failure: mean of each channel in a region, the channels weighted 1, 10, 100, ..."""
+
+    def __init__(self, region_size: int = 8) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(region_size)
+        self.dropout = nn.Dropout(0.5)  # must stay off
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = 10.0 ** torch.arange(x.shape[1]).view(1, -1, 1, 1)
+        failure = self.dropout((self.pool(x) * weights).sum(dim=1, keepdim=True))
+        return torch.cat([torch.zeros_like(failure), failure], dim=1)
+
+
+def labelled_stack() -> torch.Tensor:
+    """Image, map and labels (2, 3, 40, 48, 3): a structure off the center, one at the edge, and an empty slice."""
+    volume = stack(2, 3, 40, 48, 3) - 0.5
+    volume[:, 2] = 0
+    volume[:, 2, 8:30, 20:33, 0] = 2
+    volume[:, 2, 0:7, 40:48, 1] = 3
+    return volume
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_regions_cover_the_crop_around_the_segmentation(channels):
+    volume = labelled_stack()
+    result = FailureRegionInferer(min_size=24, see_segmentation=channels == 3, amp=False)(volume, RegionMeans().train())
+    # the fewest cells around the structure, as large on both sides; the center where there is none
+    boxes = [(7, 31, 15, 39), (0, 24, 24, 48), (8, 32, 12, 36)]
+    expected = np.zeros((2, 1, 40, 48, 3))
+    for b in range(2):
+        for z, (r0, r1, c0, c1) in enumerate(boxes):
+            for row in range(r0, r1, 8):
+                for col in range(c0, c1, 8):
+                    cell = volume[b, :channels, row : row + 8, col : col + 8, z].numpy()
+                    logit = (cell.mean(axis=(1, 2)) * [1, 10, 100][:channels]).sum()
+                    expected[b, 0, row : row + 8, col : col + 8, z] = 1 / (1 + np.exp(-logit))
+    assert isinstance(result, torch.Tensor) and result.dtype == torch.float32
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_regions_beyond_a_small_image_see_zeros():
+    volume = labelled_stack()[:1, :, 8:30, 20:33, :1]  # 22 x 13 pixels in a crop of 24 x 24
+    result = FailureRegionInferer(min_size=24, amp=False)(volume, RegionMeans())
+    padded = np.zeros((2, 24, 24))
+    padded[:, 1:23, 6:19] = volume[0, :2, :, :, 0]
+    means = padded.reshape(2, 3, 8, 3, 8).mean(axis=(2, 4))
+    cells = 1 / (1 + np.exp(-(means[0] + 10 * means[1])))
+    painted = cells.repeat(8, axis=0).repeat(8, axis=1)[1:23, 6:19]
+    np.testing.assert_allclose(result[0, 0, :, :, 0], painted, atol=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_detector_is_unchanged(fails):
+    network = nn.Sequential(Failing(2), RegionMeans()) if fails else FailureResNet()
+    mixed_modes(network)
+    flags, state = snapshot(network)
+    before = torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            FailureRegionInferer(min_size=16)(labelled_stack()[:, [0, 0, 2]], FirstChannel(network))
+    else:
+        result = FailureRegionInferer(min_size=16)(labelled_stack(), network)
+        assert not result.requires_grad and 0 <= result.min() and result.max() <= 1
+        assert torch.equal(torch.get_rng_state(), before)
+    after, values = snapshot(network)
+    assert after == flags
+    assert all(torch.equal(values[name], state[name]) for name in state)
+
+
+class FirstChannel(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x[:, :1])
+
+
+def test_detector_of_another_region_size_is_refused():
+    with pytest.raises(ValueError, match="crop"):
+        FailureRegionInferer(region_size=8, min_size=16)(labelled_stack(), RegionMeans(16))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 16, 16, 2), (1, 4, 16, 16, 2), (1, 3, 16, 16)])
+def test_detector_needs_image_map_and_segmentation(shape):
+    with pytest.raises(ValueError, match="segmentation"):
+        FailureRegionInferer()(stack(*shape), RegionMeans())

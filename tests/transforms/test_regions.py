@@ -1,0 +1,234 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cardiac_qc_plugin.transforms.regions import (
+    crop_box,
+    crop_slice,
+    flagged_region_map,
+    paint_regions,
+    region_counts,
+    region_labels,
+    uncrop_slice,
+)
+
+
+@st.composite
+def masked_slices(draw):
+    """A slice with a foreground rectangle's two opposite corners set, and the sizes of the crop."""
+    shape = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    region_size = draw(st.sampled_from([4, 8, 16]))
+    mask = np.zeros(shape, np.uint8)
+    for _ in range(2):
+        mask[draw(st.integers(0, shape[0] - 1)), draw(st.integers(0, shape[1] - 1))] = draw(st.integers(1, 3))
+    return mask, region_size, region_size * draw(st.integers(1, 3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(masked_slices())
+def test_crop_box_properties(drawn):
+    mask, region_size, min_size = drawn
+    box = crop_box(mask, region_size, min_size)
+    for axis, (start, stop) in enumerate([box[:2], box[2:]]):
+        length, indices = mask.shape[axis], np.argwhere(mask)[:, axis]
+        first, last = indices.min(), indices.max()
+        size, extent = stop - start, last - first + 1
+        assert size % region_size == 0
+        assert size == min_size or size - region_size < extent <= size  # as small as it can be
+        assert start <= first and last < stop
+        if size <= length:
+            assert 0 <= start and stop <= length
+            if start > 0 and stop < length:  # not shifted: grown on both sides alike
+                assert abs((first - start) - (stop - 1 - last)) <= 1
+        else:
+            assert abs(-start - (stop - length)) <= 1  # the image in the middle of the box
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "cols", "options", "box"),
+    [
+        ((216, 256), (100, 140), (90, 151), {}, (80, 160, 81, 161)),
+        ((216, 256), (100, 181), (90, 178), {}, (97, 185, 90, 178)),  # 81 -> 88 rows; 88 columns stay
+        ((216, 256), (0, 40), (200, 256), {}, (0, 80, 176, 256)),  # shifted into the image
+        ((216, 256), (100, 140), (90, 150), {"min_size": 112}, (64, 176, 64, 176)),
+        ((216, 256), (100, 140), (90, 150), {"region_size": 16, "min_size": 16}, (96, 144, 88, 152)),
+        ((70, 83), (0, 10), (0, 81), {}, (-5, 75, -3, 85)),  # smaller than 80, smaller than 88
+        ((216, 255), None, None, {}, (68, 148, 88, 168)),  # no foreground: the center
+        ((70, 256), None, None, {}, (-5, 75, 88, 168)),
+    ],
+)
+def test_crop_box_examples(shape, rows, cols, options, box):
+    mask = np.zeros(shape, np.uint8)
+    if rows:
+        mask[slice(*rows), slice(*cols)] = 2
+    assert crop_box(mask, **options) == box
+    assert all(type(edge) is int for edge in crop_box(mask, **options))  # they go into JSON
+
+
+@pytest.mark.parametrize(
+    ("mask", "region_size", "min_size", "message"),
+    [
+        (np.zeros((9, 9, 1)), 8, 80, r"\(9, 9, 1\)"),
+        (np.zeros((9, 9)), 16, 88, "88 and 16"),
+        (np.zeros((9, 9)), 8, 0, "0 and 8"),
+        (np.zeros((9, 9)), 0, 80, "80 and 0"),
+    ],
+)
+def test_crop_box_errors(mask, region_size, min_size, message):
+    with pytest.raises(ValueError, match=message):
+        crop_box(mask, region_size, min_size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(masked_slices(), st.sampled_from([(), (2,), (3, 2)]), st.sampled_from(["uint8", "float32", "bool"]))
+def test_crop_and_uncrop_are_inverse_inside_the_image(drawn, lead, dtype):
+    mask, region_size, min_size = drawn
+    box = crop_box(mask, region_size, min_size)
+    image = np.random.default_rng(0).integers(1, 200, (*lead, *mask.shape)).astype(dtype)
+    crop = crop_slice(image, box)
+    assert crop.shape == (*lead, box[1] - box[0], box[3] - box[2]) and crop.dtype == image.dtype
+
+    rows, cols = np.arange(mask.shape[0]), np.arange(mask.shape[1])
+    in_box = ((box[0] <= rows) & (rows < box[1]))[:, None] & ((box[2] <= cols) & (cols < box[3]))
+    back = uncrop_slice(crop, box, mask.shape)
+    np.testing.assert_array_equal(back, np.where(in_box, image, 0))
+    assert back.dtype == image.dtype
+    np.testing.assert_array_equal(crop_slice(back, box), crop)
+    assert np.count_nonzero(crop) == np.count_nonzero(image[..., in_box])  # the padding is 0
+
+
+def test_crop_is_a_copy_and_fill_is_used():
+    image = np.ones((4, 4), np.float32)
+    crop = crop_slice(image, (1, 3, 1, 3))
+    crop[:] = 5
+    assert (image == 1).all()
+    back = uncrop_slice(crop, (1, 3, 1, 3), (4, 4), fill=-1)
+    np.testing.assert_array_equal(back, [[-1] * 4, [-1, 5, 5, -1], [-1, 5, 5, -1], [-1] * 4])
+
+
+def test_crop_errors():
+    with pytest.raises(ValueError, match=r"\(5, 9, 0, 4\).*\(4, 4\)"):
+        crop_slice(np.zeros((4, 4)), (5, 9, 0, 4))
+    with pytest.raises(ValueError, match=r"\(2, 2\).*\(0, 4, 0, 4\)"):
+        uncrop_slice(np.zeros((2, 2)), (0, 4, 0, 4), (4, 4))
+
+
+@pytest.mark.parametrize("region_size", [4, 8, 16])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1)])
+def test_region_labels_and_counts_agree_with_loops(region_size, lead):
+    failure = np.random.default_rng(region_size).random((*lead, 32, 48)) < 0.01
+    expected = np.zeros((*lead, 32 // region_size, 48 // region_size), int)
+    for *first, row, col in np.argwhere(failure):
+        expected[(*first, row // region_size, col // region_size)] += 1
+    assert 0 < np.count_nonzero(expected) < expected.size or region_size == 16
+    for kind in (np.asarray, torch.as_tensor):
+        counts, labels = region_counts(kind(failure), region_size), region_labels(kind(failure), region_size)
+        assert type(labels) is type(kind(failure)) and str(labels.dtype).endswith("bool")
+        np.testing.assert_array_equal(counts, expected)
+        np.testing.assert_array_equal(labels, expected > 0)
+        np.testing.assert_array_equal(
+            region_counts(kind(failure.astype(np.uint8) * 200), region_size), expected
+        )
+
+
+def test_regions_have_to_tile_the_crop():
+    with pytest.raises(ValueError, match="80 x 84.*8 x 8"):
+        region_labels(np.zeros((80, 84)), 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(masked_slices())
+def test_paint_regions(drawn):
+    mask, region_size, min_size = drawn
+    box = crop_box(mask, region_size, min_size)
+    grid = (box[1] - box[0]) // region_size, (box[3] - box[2]) // region_size
+    cells = np.random.default_rng(0).random(grid)
+    painted = paint_regions(cells, box, mask.shape, region_size)
+    assert painted.shape == mask.shape
+    tiles = np.kron(cells, np.ones((region_size, region_size)))
+    for row, col in np.ndindex(mask.shape):
+        in_box = box[0] <= row < box[1] and box[2] <= col < box[3]
+        assert painted[row, col] == (tiles[row - box[0], col - box[2]] if in_box else 0)
+    if (
+        box[0] >= 0 and box[2] >= 0
+    ):  # whole crop in the image: labels of a painted selection are that selection
+        selected = paint_regions(cells > 0.5, box, mask.shape, region_size)
+        np.testing.assert_array_equal(region_labels(crop_slice(selected, box), region_size), cells > 0.5)
+    with pytest.raises(ValueError, match="asks for"):
+        paint_regions(cells, box, mask.shape, region_size + 1)
+
+
+def test_flagged_regions_are_numbered_by_probability_then_place():
+    first = np.array([[0.9, 0.2], [0.5, 0.7]])
+    second = np.array([[0.7, 0.49], [0.7, 0.95]], np.float32)
+    region_map, records = flagged_region_map(
+        [first, second], [(0, 8, 2, 10), (4, 12, 0, 8)], (12, 12, 2), 0.5, 4
+    )
+    assert region_map.shape == (12, 12, 2) and region_map.dtype == np.uint16
+    keys = ("id", "slice", "row0", "row1", "col0", "col1")
+    assert [tuple(record[key] for key in keys) for record in records] == [
+        (1, 1, 8, 12, 4, 8),
+        (2, 0, 0, 4, 2, 6),
+        (3, 0, 4, 8, 6, 10),  # 0.7 is a little more than float32(0.7)
+        (4, 1, 4, 8, 0, 4),  # equal: row by row
+        (5, 1, 8, 12, 0, 4),
+        (6, 0, 4, 8, 2, 6),  # the threshold itself counts
+    ]
+    np.testing.assert_allclose(
+        [r["probability"] for r in records], [0.95, 0.9, 0.7, 0.7, 0.7, 0.5], rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        region_map[..., 0], paint_regions(np.array([[2, 0], [6, 3]]), (0, 8, 2, 10), (12, 12), 4)
+    )
+    np.testing.assert_array_equal(
+        region_map[..., 1], paint_regions(np.array([[4, 0], [5, 1]]), (4, 12, 0, 8), (12, 12), 4)
+    )
+
+
+def test_ties_are_broken_by_slice_row_and_column():
+    cells = np.full((2, 2), 0.5)
+    _, records = flagged_region_map([cells, cells], [(0, 8, 0, 8)] * 2, (8, 8, 2), 0.0, 4)
+    places = [(r["slice"], r["row0"], r["col0"]) for r in records]
+    assert places == sorted(places) and len(places) == 8
+    assert [r["id"] for r in records] == list(range(1, 9))
+
+
+def test_regions_are_clipped_and_never_in_the_padding():
+    cells = np.ones((3, 3))
+    region_map, records = flagged_region_map([cells], [(-5, 7, -3, 9)], (2, 6, 1), 0.5, 4)
+    # rows -5..-2 and 3..6 are padding only, rows -1..2 hold the image
+    assert {(r["row0"], r["row1"]) for r in records} == {(0, 2)}
+    assert [(r["col0"], r["col1"]) for r in records] == [(0, 1), (1, 5), (5, 6)]
+    np.testing.assert_array_equal(region_map[..., 0], [[1, 2, 2, 2, 2, 3]] * 2)
+
+
+def test_nothing_flagged():
+    region_map, records = flagged_region_map([np.zeros((2, 2))], [(0, 8, 0, 8)], (8, 8, 1), 0.5, 4)
+    assert not region_map.any() and records == []
+
+
+CELLS, BOX = np.zeros((2, 2)), (0, 8, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "boxes", "threshold", "message"),
+    [
+        ([CELLS] * 2, [BOX], 0.5, "1 slices.*2 grids.*1 boxes"),
+        ([CELLS], [BOX] * 2, 0.5, "1 slices.*1 grids.*2 boxes"),
+        ([CELLS * np.nan], [BOX], 0.5, r"slice 0.*\[0, 1\]"),
+        ([CELLS + 1.1], [BOX], 0.5, r"slice 0.*\[0, 1\]"),
+        ([np.zeros((2, 3))], [BOX], 0.5, "do not tile"),
+        ([CELLS], [BOX], 50, "threshold.*50"),
+        ([CELLS], [BOX], float("nan"), "threshold.*nan"),
+    ],
+)
+def test_flagged_region_map_errors(probabilities, boxes, threshold, message):
+    with pytest.raises(ValueError, match=message):
+        flagged_region_map(probabilities, boxes, (8, 8, 1), threshold, 4)
+
+
+def test_too_many_regions_for_the_map():
+    with pytest.raises(ValueError, match="65536 regions"):
+        flagged_region_map([np.ones((256, 256))], [(0, 256, 0, 256)], (256, 256, 1), 0.5, 1)

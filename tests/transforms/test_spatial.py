@@ -1,0 +1,291 @@
+import struct
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
+from scipy.spatial.transform import Rotation
+
+from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd
+from cardiac_qc_plugin.transforms.spatial import check_spacing, spacing_of
+
+READ = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
+STRAIGHT = np.diag([-1.5, -1.5, 8.0, 1.0])
+
+
+def write(path: Path, shape=(20, 22, 5), affine=STRAIGHT, pixdim=None) -> str:
+    """A NIfTI file; ``pixdim``, where given, is written into the header as it is, whatever the affine says."""
+    data = np.random.default_rng(0).random(shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(data, affine), path)
+    if pixdim is not None:
+        header = bytearray(path.read_bytes())
+        struct.pack_into("<3f", header, 80, *pixdim)
+        path.write_bytes(header)
+    return str(path)
+
+
+def image(data: np.ndarray, affine: np.ndarray = STRAIGHT) -> MetaTensor:
+    return MetaTensor(torch.as_tensor(data), affine=affine, meta={"filename_or_obj": "folder/scan7.nii.gz"})
+
+
+def oblique(spacing, degrees=(20, -35, 50)) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() * spacing
+    affine[:3, 3] = (-87.3, 41.0, 12.6)
+    return affine
+
+
+# ACDC's trap: the true voxel size in pixdim, an affine that says 1 mm
+
+
+def test_reader_takes_the_voxel_size_from_pixdim(tmp_path):
+    """MONAI's doing, on which CheckScan relies; a release that stops it has to fail here."""
+    path = write(tmp_path / "trap.nii", affine=np.diag([-1.0, -1.0, 1.0, 1.0]), pixdim=(1.37, 1.52, 10.0))
+    assert nib.load(path).affine[0, 0] == -1.0  # what a reader sees that asks the affine
+    scan = CheckScand("image")(READ({"image": path}))["image"]
+    np.testing.assert_allclose(spacing_of(scan), (1.37, 1.52, 10.0), rtol=1e-6)
+
+
+def test_acdc_is_read_with_its_voxel_size(acdc_dir):
+    path = acdc_dir / "patient001" / "patient001_frame01.nii.gz"
+    expected = nib.load(path).header.get_zooms()
+    assert not np.allclose(np.abs(np.diag(nib.load(path).affine))[:3], expected)
+    scan = CheckScand("image")(READ({"image": str(path)}))["image"]
+    np.testing.assert_allclose(spacing_of(scan), expected, rtol=1e-6)
+
+
+def test_spacing_of_an_oblique_scan():
+    scan = image(np.zeros((1, 4, 5, 6)), oblique((1.2, 1.7, 9.0)))
+    np.testing.assert_allclose(spacing_of(scan), (1.2, 1.7, 9.0))
+
+
+# Scans that are refused, by file
+
+
+def refusal(path: str) -> str:
+    with pytest.raises(ValueError) as error:
+        CheckScand("image")(READ({"image": path}))
+    assert str(error.value).startswith(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(20, 22), (20, 22, 5, 3)])
+def test_other_than_one_stack(shape, tmp_path):
+    assert "3-D stack" in refusal(write(tmp_path / "scan.nii", shape))
+
+
+@pytest.mark.parametrize("shape", [(20, 22, 1), (20, 22, 5, 1)])
+def test_one_slice_or_one_phase_is_a_stack(shape, tmp_path):
+    path = write(tmp_path / "scan.nii", shape)
+    assert CheckScand("image")(READ({"image": path}))["image"].shape == (1, *shape[:3])
+
+
+def test_unit_spacing(tmp_path):
+    assert "1 x 1 x 1 mm" in refusal(write(tmp_path / "lost.nii", affine=np.diag([-1.0, -1.0, 1.0, 1.0])))
+
+
+@pytest.mark.parametrize("pixdim", [(0.0, 0.0, 0.0), (1.5, 1.5, 0.0)])
+@pytest.mark.parametrize("affine", [STRAIGHT, None], ids=["affine", "no affine"])
+def test_spacing_of_zero_in_the_header(pixdim, affine, tmp_path):
+    """nibabel reads 0 as 1, and MONAI then puts that 1 into the affine, too, even where the affine was right."""
+    assert "mm" in refusal(write(tmp_path / "zero.nii", affine=affine, pixdim=pixdim))
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_spacing_of_zero_in_the_affine(axis):
+    affine = STRAIGHT.copy()
+    affine[axis, axis] = 0
+    with pytest.raises(ValueError, match="scan7.nii.gz: .* is not positive"):
+        CheckScan()(image(np.random.default_rng(0).random((1, 6, 7, 3)), affine))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ((1.5, 1.5, 0.0), "1.5 x 1.5 x 0 mm is not positive"),
+        ((1.5, -1.5, 8.0), "not positive"),
+        ((1.5, np.nan, 8.0), "not positive"),
+        ((1.5, 1.5, np.inf), "not positive"),
+        ((1.0, 1.0, 1.0), "1 x 1 x 1 mm"),
+    ],
+)
+def test_refused_spacings(spacing, message):
+    with pytest.raises(ValueError, match=f"case3: .*{message}"):
+        check_spacing(spacing, "case3")
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 8.0), (0.7, 0.7, 5.0), (1.95, 1.95, 10.0), (1.2, 1.7, 6.0)])
+def test_accepted_spacings(spacing):
+    check_spacing(spacing, "case3")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "1 voxels are NaN"), (np.inf, "1 voxels"), (-np.inf, "1 voxels")]
+)
+def test_values_that_are_no_number(value, message):
+    data = np.random.default_rng(0).random((1, 6, 7, 3))
+    data[0, 2, 3, 1] = value
+    with pytest.raises(ValueError, match=f"folder/scan7.nii.gz: {message}"):
+        CheckScan()(image(data))
+
+
+@pytest.mark.parametrize("value", [0.0, 37.5])
+def test_constant_image(value):
+    with pytest.raises(ValueError, match=f"folder/scan7.nii.gz: every voxel is {value:g}"):
+        CheckScan()(image(np.full((1, 6, 7, 3), value)))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7, 3), (1, 6, 7), (1, 6, 7, 3, 2), (6, 7, 3)])
+def test_other_shapes(shape):
+    with pytest.raises(ValueError, match="folder/scan7.nii.gz: expected one 3-D stack"):
+        CheckScan()(image(np.random.default_rng(0).random(shape)))
+
+
+def test_good_scan_passes_unchanged():
+    scan = image(np.random.default_rng(0).random((1, 6, 7, 3)))
+    data = {"image": scan, "image_path": "a", "label": 3}
+    done = CheckScand("image")(data)
+    assert done["image"] is scan and done["image_path"] == "a" and done["label"] == 3
+    assert CheckScand(["image", "other"], allow_missing_keys=True)(data)["image"] is scan
+    with pytest.raises(KeyError, match="other"):
+        CheckScand(["image", "other"])(data)
+
+
+# In-plane spacing
+
+
+GRIDS = {
+    "odd": ((31, 37, 3), STRAIGHT),
+    "even": ((32, 40, 2), np.diag([-1.5625, -1.5625, 10.0, 1.0])),
+    "finer": ((61, 45, 2), np.diag([0.7, 0.7, 5.0, 1.0])),
+    "same": ((20, 21, 4), np.diag([1.4, 1.4, 6.0, 1.0])),
+    "anisotropic": ((35, 26, 3), np.diag([-1.2, 1.9, 7.0, 1.0])),
+    "oblique": ((33, 27, 4), oblique((1.3, 1.7, 9.0))),
+    "one slice": ((23, 29, 1), oblique((1.8, 1.8, 8.0))),
+}
+
+
+def smooth_wave(shape, affine) -> np.ndarray:
+    """A wave of period 40 mm or more in plane, another phase in each slice; channel first."""
+    rows, cols, slices = np.indices(shape).astype(float)
+    row_mm, col_mm = (np.linalg.norm(affine[:3, axis]) for axis in (0, 1))
+    return np.sin(rows * row_mm / 8 + slices)[None] + np.cos(cols * col_mm / 7 - slices)[None]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_resampled_grid(grid):
+    shape, affine = GRIDS[grid]
+    done = InPlaneSpacingd("image")({"image": image(smooth_wave(shape, affine), affine)})["image"]
+    through_plane = np.linalg.norm(affine[:3, 2])
+    np.testing.assert_allclose(spacing_of(done), (1.4, 1.4, through_plane), rtol=1e-12)
+    np.testing.assert_allclose(done.affine[:3, 2], affine[:3, 2], atol=1e-9)
+    assert done.shape[3] == shape[2]
+    for axis in (0, 1):
+        size = np.linalg.norm(affine[:3, axis])
+        np.testing.assert_allclose(done.affine[:3, axis], affine[:3, axis] / size * 1.4, atol=1e-9)
+        assert abs(done.shape[1 + axis] * 1.4 - shape[axis] * size) <= max(size, 1.4)  # the same extent
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_values_lie_where_the_affine_says(grid):
+    """Each resampled pixel against bilinear interpolation in its own slice at the same place in mm."""
+    shape, affine = GRIDS[grid]
+    source = np.random.default_rng(1).random((1, *shape))
+    done = InPlaneSpacingd("image")({"image": image(source, affine)})["image"]
+    index = np.indices(done.shape[1:]).reshape(3, -1)
+    world = np.asarray(done.affine) @ np.vstack([index, np.ones(index.shape[1])])
+    row, col, slice_ = (np.linalg.inv(affine) @ world)[:3]
+    np.testing.assert_allclose(slice_, index[2], atol=1e-6)  # slices do not move
+    row, col = np.clip(row, 0, shape[0] - 1), np.clip(col, 0, shape[1] - 1)
+    r0, c0 = np.minimum(row.astype(int), shape[0] - 2), np.minimum(col.astype(int), shape[1] - 2)
+    dr, dc, z = row - r0, col - c0, index[2]
+    expected = (
+        source[0, r0, c0, z] * (1 - dr) * (1 - dc)
+        + source[0, r0 + 1, c0, z] * dr * (1 - dc)
+        + source[0, r0, c0 + 1, z] * (1 - dr) * dc
+        + source[0, r0 + 1, c0 + 1, z] * dr * dc
+    )
+    np.testing.assert_allclose(np.asarray(done).ravel(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", ["odd", "oblique"])
+def test_slices_do_not_mix(grid):
+    shape, affine = GRIDS[grid]
+    source = np.random.default_rng(1).random((1, *shape))
+    other = source.copy()
+    other[..., 1] = 1e4
+    a, b = (InPlaneSpacingd("image")({"image": image(data, affine)})["image"] for data in (source, other))
+    kept = [0, *range(2, shape[2])]
+    np.testing.assert_allclose(np.asarray(a)[..., kept], np.asarray(b)[..., kept], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(b)[..., 1], 1e4, rtol=1e-6)
+
+
+def inverted(shape, affine, data, mode, nearest) -> tuple[MetaTensor, MetaTensor]:
+    """The scan's resampled copy as a prediction, and that prediction on the scan's own grid."""
+    transform = Compose([InPlaneSpacingd("image", mode=mode)])
+    done = transform({"image": image(data, affine)})
+    done["pred"] = MetaTensor(done["image"].as_tensor().clone())  # Invertd passes over a plain tensor
+    back = Invertd("pred", transform, orig_keys="image", nearest_interp=nearest)(done)["pred"]
+    assert back.shape == (1, *shape)
+    np.testing.assert_allclose(back.affine, affine, atol=1e-9)
+    return done["image"], back
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_inverse_returns_to_the_scans_grid(grid):
+    shape, affine = GRIDS[grid]
+    source = smooth_wave(shape, affine)
+    _, back = inverted(shape, affine, source, "bilinear", False)
+    inner = np.s_[:, 2:-2, 2:-2]
+    np.testing.assert_allclose(np.asarray(back)[inner], source[inner], atol=0.05)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_labels_stay_labels(grid):
+    shape, affine = GRIDS[grid]
+    rows, cols, _ = np.indices(shape)
+    center = np.hypot(rows - shape[0] / 2, cols - shape[1] / 2)
+    label = (3 * (center < 4) + 2 * ((center >= 4) & (center < 7)) + 1 * ((center >= 7) & (center < 9)))[None]
+    resampled, back = inverted(shape, affine, label.astype(np.uint8), "nearest", True)
+    for result in (resampled, back):
+        assert set(np.unique(np.asarray(result))) == {0, 1, 2, 3}
+    assert (np.asarray(back) == label).mean() > 0.95
+
+
+def test_one_mode_per_key():
+    data = np.random.default_rng(0).integers(0, 4, (1, 20, 24, 2))
+    done = InPlaneSpacingd(["image", "label"], mode=["bilinear", "nearest"])(
+        {"image": image(data.astype(float)), "label": image(data)}
+    )
+    assert done["image"].shape == done["label"].shape
+    assert set(np.unique(np.asarray(done["label"]))) <= {0, 1, 2, 3}
+    assert len(np.unique(np.asarray(done["image"]))) > 100
+
+
+def test_other_entries_are_untouched(tmp_path):
+    """MONAI's own Spacingd wants to update every entry that is named as the key and an underscore."""
+    data = READ({"image": write(tmp_path / "scan.nii")})
+    data |= {"image_path": "/data/scan.nii", "image_name": ["a"], "label": "none"}
+    done = InPlaneSpacingd("image")(data)
+    assert {key: value for key, value in done.items() if key != "image"} == {
+        "image_path": "/data/scan.nii",
+        "image_name": ["a"],
+        "label": "none",
+    }
+    assert data["image"].shape == (1, 20, 22, 5)  # the caller's own
+
+
+def test_missing_keys():
+    data = {"image": image(smooth_wave((8, 8, 2), STRAIGHT))}
+    with pytest.raises(KeyError, match="label"):
+        InPlaneSpacingd(["image", "label"])(data)
+    assert set(InPlaneSpacingd(["image", "label"], allow_missing_keys=True)(data)) == {"image"}
+
+
+@pytest.mark.parametrize("spacing", [0.0, -1.4])
+def test_spacing_is_positive(spacing):
+    with pytest.raises(ValueError, match=f"got {spacing}"):
+        InPlaneSpacingd("image", spacing=spacing)

@@ -1,0 +1,304 @@
+import gzip
+import hashlib
+import json
+import re
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from miniature_run import SHAPE, SPACING, heart, load, save, write_patients
+from scipy.spatial.distance import directed_hausdorff
+
+from cardiac_qc_plugin.transforms.failure_labels import failure_mask
+from cardiac_qc_plugin.workflows.correct import correct
+from cardiac_qc_plugin.workflows.files import read_volume
+from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_reference
+
+CASE = "patient001_frame01"
+
+
+@pytest.fixture
+def run(tmp_path):
+    cases = write_patients(tmp_path, 1)
+    return tmp_path, cases
+
+
+def flagged(root, case):
+    return load(root / "run" / case / "failure_regions.nii.gz") > 0
+
+
+def test_paper_rule_takes_the_reference_in_flagged_regions_only(run):
+    root, cases = run
+    outcome = correct(root / "run", root / "out", reference=root / "acdc")
+    assert not outcome.failures
+    n_changed = 0
+    for case, (prediction, reference) in cases.items():
+        corrected, regions = load(root / "out" / case / "segmentation.nii.gz"), flagged(root, case)
+        assert corrected.dtype == np.uint8
+        np.testing.assert_array_equal(corrected[regions], reference[regions])
+        np.testing.assert_array_equal(corrected[~regions], prediction[~regions])
+        record = json.loads((root / "out" / case / "correction.json").read_text())
+        changed = corrected != prediction
+        assert 0 < record["n_voxels_changed"] == changed.sum()
+        assert record["slices_changed"] == sorted(set(np.nonzero(changed)[2].tolist()))
+        ids = load(root / "run" / case / "failure_regions.nii.gz")
+        assert record["n_regions_flagged"] == len(set(ids.ravel().tolist()) - {0})
+        assert (record["kind"], record["rule"], record["criterion"]) == ("simulated", "paper", None)
+        for source, path in (
+            ("segmentation", root / "run" / case / "segmentation.nii.gz"),
+            ("failure_regions", root / "run" / case / "failure_regions.nii.gz"),
+            ("reference", root / "acdc" / "patient001" / f"{case}_gt.nii.gz"),
+        ):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert record["sources"][source] == {"path": str(path), "sha256": digest}
+        n_changed += record["n_voxels_changed"]
+    assert f"Corrected 2 cases: {n_changed} voxels changed, in 2 cases" in outcome.text
+    assert not list((root / "out").rglob(".part*"))
+
+
+def test_the_scan_grid_and_header_codes_stay(run):
+    root, _ = run
+    correct(root / "run", root / "out", reference=root / "acdc")
+    before, after = (nib.load(root / side / CASE / "segmentation.nii.gz") for side in ("run", "out"))
+    assert after.header.get_zooms() == before.header.get_zooms() == SPACING
+    np.testing.assert_array_equal(after.affine, before.affine)
+    assert (int(after.header["sform_code"]), int(after.header["qform_code"])) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "rule, criterion, expected",
+    [
+        ("released_code", None, "released_code"),
+        ("released_code", "paper", "paper"),
+        ("upper_bound", None, "paper"),
+        ("upper_bound", "released_code", "released_code"),
+    ],
+)
+def test_rules_with_a_failure_criterion(run, rule, criterion, expected):
+    root, cases = run
+    correct(root / "run", root / "out", reference=root / "acdc", rule=rule, criterion=criterion)
+    for case, (prediction, reference) in cases.items():
+        replaced = failure_mask(prediction, reference, SPACING[:2], expected)
+        if rule == "released_code":
+            replaced &= flagged(root, case)
+        corrected = load(root / "out" / case / "segmentation.nii.gz")
+        np.testing.assert_array_equal(corrected, np.where(replaced, reference, prediction))
+        record = json.loads((root / "out" / case / "correction.json").read_text())
+        assert (record["rule"], record["criterion"]) == (rule, expected)
+
+
+def hausdorff(first, second):
+    a, b = (np.argwhere(mask) * SPACING for mask in (first, second))
+    return max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
+
+
+def test_upper_bound_never_raises_the_hausdorff_distance_here(run):
+    root, cases = run
+    for path in (root / "run").rglob("failure_regions.nii.gz"):
+        path.unlink()  # the upper bound needs no detection
+    outcome = correct(root / "run", root / "out", reference=root / "acdc", rule="upper_bound")
+    assert not outcome.failures
+    fell = 0
+    for case, (prediction, reference) in cases.items():
+        corrected = load(root / "out" / case / "segmentation.nii.gz")
+        for label in (1, 2, 3):
+            before = hausdorff(prediction == label, reference == label)
+            after = hausdorff(corrected == label, reference == label)
+            assert after <= before
+            fell += after < before
+    assert fell >= 4
+
+
+def write_edits(root, cases, outside):
+    """An expert changed one voxel in a flagged region, and so many outside."""
+    for case, (prediction, _) in cases.items():
+        edited, regions = prediction.copy(), flagged(root, case)
+        for voxel in [np.argwhere(regions)[0], *np.argwhere(~regions)[:outside]]:
+            edited[tuple(voxel)] = (edited[tuple(voxel)] + 1) % 4
+        save(root / "edited" / case / "segmentation.nii.gz", edited)
+
+
+def test_expert_edits(run):
+    root, cases = run
+    write_edits(root, cases, outside=0)
+    outcome = correct(root / "run", root / "out", edited=root / "edited")
+    assert not outcome.failures
+    edited = load(root / "edited" / CASE / "segmentation.nii.gz")
+    np.testing.assert_array_equal(load(root / "out" / CASE / "segmentation.nii.gz"), edited)
+    record = json.loads((root / "out" / CASE / "correction.json").read_text())
+    assert (record["kind"], record["n_voxels_changed"], record["edits"]["n_outside"]) == ("expert", 1, 0)
+
+
+def test_edits_outside_flagged_regions_are_refused_or_dropped(run):
+    root, cases = run
+    write_edits(root, cases, outside=3)
+    outcome = correct(root / "run", root / "out", edited=root / "edited")
+    assert set(outcome.failures) == set(cases)
+    path = root / "edited" / CASE / "segmentation.nii.gz"
+    assert outcome.failures[CASE].startswith(f"{path}: 3 voxels were edited outside")
+    assert f"FAILED {CASE}: {path}" in outcome.text
+
+    outcome = correct(root / "run", root / "out", edited=root / "edited", on_outside="drop")
+    assert not outcome.failures and "dropped: 6" in outcome.text
+    changed = load(root / "out" / CASE / "segmentation.nii.gz") != cases[CASE][0]
+    assert changed.sum() == 1 and flagged(root, CASE)[changed].all()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "Give one of"),
+        ({"reference": "acdc", "edited": "acdc"}, "Give one of"),
+        ({"reference": "acdc", "rule": "magic"}, "'magic'"),
+        ({"reference": "acdc", "rule": "upper_bound", "criterion": "strict"}, "'strict'"),
+        ({"reference": "acdc", "criterion": "paper"}, "give no criterion"),
+        ({"edited": "acdc", "rule": "upper_bound"}, "belong to simulated correction"),
+        ({"edited": "acdc", "on_outside": "ignore"}, "'ignore'"),
+        ({"reference": "nowhere"}, "nowhere: no such folder"),
+        ({"reference": "acdc", "output": "run/corrected"}, "write the corrections somewhere else"),
+        ({"reference": "acdc", "predictions": "empty"}, "no segmentation.nii.gz"),
+    ],
+)
+def test_settings_that_do_not_work(run, settings, message):
+    root, _ = run
+    (root / "empty").mkdir()
+    paths = {"predictions": "run", "output": "out"} | settings
+    for key in ("predictions", "output", "reference", "edited"):
+        if key in paths:
+            paths[key] = root / paths[key]
+    with pytest.raises(ValueError, match=message):
+        correct(**paths)
+    assert not list((root / "out").rglob("*.nii.gz"))
+
+
+def broken_reference(root, kind):
+    """Spoil the reference of CASE; returns its path."""
+    folder = root / "acdc" / "patient001"
+    path = folder / f"{CASE}_gt.nii.gz"
+    if kind == "shape":
+        save(path, np.ones((*SHAPE[:2], 3), np.uint8))
+    elif kind == "spacing":
+        save(path, heart(1), (1.25, 1.25, 8.0))
+    elif kind == "labels":
+        save(path, heart(1) * 2)
+    elif kind == "fraction":
+        save(path, heart(1) * np.float32(0.5))
+    elif kind == "empty":
+        save(path, np.zeros(SHAPE, np.uint8))
+    elif kind == "missing":
+        path.unlink()
+        (folder / f"{CASE}.nii.gz").unlink()
+    elif kind == "the scan only":
+        path.unlink()
+        return folder / f"{CASE}.nii.gz"
+    elif kind == "ambiguous":
+        shutil.copy(path, root / "acdc" / f"{CASE}_seg.nii.gz")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "no image":
+        path.write_bytes(gzip.compress(b"no image"))
+    return path
+
+
+BROKEN = {
+    "shape": r"shape \(96, 96, 3\), but the prediction has \(96, 96, 4\)",
+    "spacing": "voxel size 1.25 x 1.25 x 8 mm, but the prediction has 1.5 x 1.5 x 8 mm",
+    "labels": r"the label map has the values \[4, 6\]",
+    "fraction": r"the label map has the values \[0.5, 1.5\]",
+    "empty": "no label at all",
+    "missing": "no label file for .*_gt.nii.gz, .*_seg.nii.gz, .*/segmentation.nii.gz",
+    "the scan only": r"the label map has the values \[50, 100, 150\]",
+    "ambiguous": "2 label files for .*_seg.nii.gz, .*_gt.nii.gz",
+    "truncated": "damaged",
+    "no image": "not a NIfTI image",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_reference_has_its_message_and_stops_no_other_case(run, kind):
+    root, cases = run
+    path = broken_reference(root, kind)
+    outcome = correct(root / "run", root / "out", reference=root / "acdc")
+    assert set(outcome.failures) == {CASE}
+    message = outcome.failures[CASE]
+    named = root / "acdc" if kind in ("missing", "ambiguous") else path
+    assert message.startswith(f"{named}: ")
+    assert re.search(BROKEN[kind], message), message
+    assert not (root / "out" / CASE).exists()
+    other = "patient001_frame05"
+    regions = flagged(root, other)
+    corrected = load(root / "out" / other / "segmentation.nii.gz")
+    np.testing.assert_array_equal(corrected[regions], cases[other][1][regions])
+
+
+def test_a_case_without_usable_regions_is_reported(run):
+    root, _ = run
+    path = root / "run" / CASE / "failure_regions.nii.gz"
+    path.unlink()
+    outcome = correct(root / "run", root / "out", reference=root / "acdc")
+    assert outcome.failures == {CASE: f"{path}: no such file."}
+    save(path, np.zeros((*SHAPE[:2], 5), np.uint16))
+    outcome = correct(root / "run", root / "out", reference=root / "acdc")
+    assert outcome.failures[CASE].startswith(f"{path}: shape (96, 96, 5), but the segmentation has")
+
+
+def test_an_output_that_cannot_be_written_stops_all(run):
+    root, _ = run
+    (root / "out").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="out"):
+        correct(root / "run", root / "out", reference=root / "acdc")
+
+
+def test_where_references_may_lie(tmp_path):
+    labels = heart(1)
+    for name in (
+        "a_gt.nii.gz",
+        "deep/er/b_seg.nii",
+        "c/segmentation.nii.gz",
+        "d.nii.gz",
+        "cine/phase03_gt.nii.gz",
+    ):
+        save(tmp_path / name, labels)
+    save(tmp_path / "other" / "phase03_gt.nii.gz", labels)
+    save(tmp_path / "a.nii.gz", labels)  # the scan
+    save(tmp_path / "run" / "a" / "segmentation.nii.gz", labels)  # a prediction: second to _gt
+    (tmp_path / ".part-7-c.nii.gz").write_bytes(b"")
+    references = References(tmp_path)
+    own = tmp_path / "elsewhere"
+    for case, name in (
+        ("a", "a_gt.nii.gz"),
+        ("b", "deep/er/b_seg.nii"),
+        ("c", "c/segmentation.nii.gz"),
+        ("d", "d.nii.gz"),
+        ("cine/phase03", "cine/phase03_gt.nii.gz"),
+    ):
+        assert references.find(case, own) == tmp_path / name
+    with pytest.raises(ValueError, match="2 label files for phase03"):
+        references.find("phase03", own)
+    with pytest.raises(ValueError, match="no label file for c"):
+        references.find("c", tmp_path / "c")  # a prediction is no reference of its own
+
+
+def test_whole_floating_point_labels_are_fine(tmp_path):
+    save(tmp_path / "a_gt.nii.gz", heart(1).astype(np.float32))
+    save(tmp_path / "a.nii.gz", heart(1))
+    labels = read_reference(tmp_path / "a_gt.nii.gz", read_volume(tmp_path / "a.nii.gz"))
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, heart(1))
+
+
+def test_patient_and_phase(tmp_path):
+    reference = tmp_path / "x_gt.nii.gz"
+    assert patient_and_phase("patient001_frame01", reference) == ("patient001", "unknown")
+    (tmp_path / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: NOR\n")
+    assert patient_and_phase("patient001_frame01", reference) == ("patient001", "ED")
+    assert patient_and_phase("patient001_frame12", reference) == ("patient001", "ES")
+    assert patient_and_phase("patient001_frame02", reference) == ("patient001", "unknown")
+    assert patient_and_phase("demo_ed", reference) == ("demo", "ED")
+    assert patient_and_phase("demo_ES", reference) == ("demo", "ES")
+    assert patient_and_phase("cine/phase07", reference) == ("cine", "unknown")
+    assert patient_and_phase("anything", reference) == ("anything", "unknown")
+    (tmp_path / "Info.cfg").write_text("ED: one\nES: 12\nGroup: NOR\n")
+    with pytest.raises(ValueError, match="Info.cfg: ED 'one'"):
+        patient_and_phase("patient001_frame01", reference)
