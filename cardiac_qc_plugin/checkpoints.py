@@ -29,7 +29,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     """Load a state dict, bare or under ``"model"``, into a network.
 
     Raises:
-        ValueError: if the file is missing, is no state dict, or belongs to another network; the message says which keys differ.
+        ValueError: if the file is missing, is no state dict, or belongs to another network; the message says how it
+            differs.
     """
     path = Path(path)
     if not path.is_file():

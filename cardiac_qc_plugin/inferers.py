@@ -70,25 +70,25 @@ def sampling(network: nn.Module, active: bool) -> Iterator[None]:
 class MCDropoutSliceInferer(Inferer):
     """Segment a stack slice by slice, with the uncertainty maps of section III-B from the same pass.
 
-    Only dropout is active while sampling: batch normalization uses its running statistics, and all modules are left as
-    they were found. Mean and variance are accumulated (Welford), so memory does not grow with the number of samples. Random
-    numbers come from ``seed``; the global generator is left untouched.
+    Only dropout is active while sampling: batch normalization uses its running statistics, and all modules are left
+    as they were found. Mean and variance are accumulated (Welford), so memory does not grow with the number of
+    samples. Random numbers come from ``seed``; the global generator is left untouched.
 
     Args:
         samples: T, stochastic passes. With 1 the b-map is 0 (a spread needs two). With 0 dropout stays off: the
             probabilities are the deterministic pass's, and the b-map is 0.
-        prediction: where the probabilities come from: ``"mean"`` of the samples (Eq. 2, what the paper pairs with the b-map), or
-            the ``"deterministic"`` pass without dropout (paired with the e-map).
+        prediction: where the probabilities come from: ``"mean"`` of the samples (Eq. 2, what the paper pairs with the
+            b-map), or the ``"deterministic"`` pass without dropout (paired with the e-map).
         sw_batch_size: slices per forward pass.
         seed: seed of the samples; the same seed gives the same maps.
         amp: bf16 where the device is fast at it, see :func:`reduced_precision`.
         progress: called after each pass over a batch of slices with the share of the work done, in (0, 1].
 
     Shape:
-        ``(B, C, H, W, D)``, slices last, to ``(B, 2 K + 2, H, W, D)`` for ``K`` classes: probabilities (K), b-map, e-map (entropy
-        of the deterministic pass), and votes (K): the share of samples whose most probable class is this one. Two-dimensional
-        input ``(B, C, H, W)`` gives the same without ``D``. :class:`~cardiac_qc_plugin.transforms.SplitUncertaintyd`
-        takes it apart.
+        ``(B, C, H, W, D)``, slices last, to ``(B, 2 K + 2, H, W, D)`` for ``K`` classes: probabilities (K), b-map,
+        e-map (entropy of the deterministic pass), and votes (K): the share of samples whose most probable class is
+        this one. Two-dimensional input ``(B, C, H, W)`` gives the same without ``D``.
+        :class:`~cardiac_qc_plugin.transforms.SplitUncertaintyd` takes it apart.
 
     Raises:
         ValueError: if samples are asked of a network without dropout, or for another input rank or setting.
@@ -209,8 +209,7 @@ class FailureRegionInferer(Inferer):
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
         if inputs.ndim != 5 or inputs.shape[1] != 3:
             raise ValueError(
-                "Expected image, uncertainty map and segmentation as (B, 3, H, W, D), "
-                f"got shape {tuple(inputs.shape)}."
+                f"Expected image, uncertainty map and segmentation as (B, 3, H, W, D), got shape {tuple(inputs.shape)}."
             )
         stacks = convert_to_numpy(inputs).astype(np.float32)
         painted = np.zeros((stacks.shape[0], 1, *stacks.shape[2:]), dtype=np.float32)

@@ -1,6 +1,6 @@
 """Losses of the paper that MONAI and torch do not have as such.
 
-Cross-entropy (Eq. 4) is :class:`torch.nn.CrossEntropyLoss` on a squeezed label; :func:`segmentation_loss` builds all three by name.
+:func:`segmentation_loss` builds the three segmentation losses by name.
 """
 
 import torch

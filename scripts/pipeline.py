@@ -34,7 +34,9 @@ def _summary(cases: list[dict], output: str) -> None:
     regions = sum(len(qc["detection"]["regions"]) for qc in cases)
     slices = sum(len(qc["detection"]["flagged_slices"]) for qc in cases)
     total = sum(qc["input"]["shape"][2] for qc in cases)
-    print(f"\n{len(cases)} scan(s): {regions} regions flagged in {slices} of {total} slices, in {len(flagged)} scan(s).")
+    print(
+        f"\n{len(cases)} scan(s): {regions} regions flagged in {slices} of {total} slices, in {len(flagged)} scan(s)."
+    )
     for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"])[:10]:
         volumes = ", ".join(f"{name} {ml:.0f} ml" for name, ml in qc["segmentation"]["volume_ml"].items())
         listed = ", ".join(str(z + 1) for z in qc["detection"]["flagged_slices"]) or "none"
@@ -92,7 +94,9 @@ def demo(output: str, seed: int = 1, device: str = "auto") -> None:
     print(evaluate_workflow(output, scans, Path(output) / "evaluation"))
 
 
-def datalist(root: str, output: str, dataset: str = "acdc", folds: int = 4, seed: int = 0, split: str = "stratified") -> None:
+def datalist(
+    root: str, output: str, dataset: str = "acdc", folds: int = 4, seed: int = 0, split: str = "stratified"
+) -> None:
     """Write a MONAI datalist with folds that keep a patient's scans together.
 
     Args:

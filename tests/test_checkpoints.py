@@ -134,7 +134,9 @@ def strange_model(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [corrupt, no_weights, text, empty, optimizer_only, code, numbers, strange_model], ids=lambda f: f.__name__
+    "damage",
+    [corrupt, no_weights, text, empty, optimizer_only, code, numbers, strange_model],
+    ids=lambda f: f.__name__,
 )
 def test_damaged_file(damage, weights):
     damage(weights)

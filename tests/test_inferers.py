@@ -9,7 +9,12 @@ from monai.transforms import Compose, Invertd
 from scipy.stats import entropy
 from torch import nn
 
-from cardiac_qc_plugin.inferers import AutocastInferer, FailureRegionInferer, MCDropoutSliceInferer, reduced_precision
+from cardiac_qc_plugin.inferers import (
+    AutocastInferer,
+    FailureRegionInferer,
+    MCDropoutSliceInferer,
+    reduced_precision,
+)
 from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
 from cardiac_qc_plugin.transforms import InPlaneSpacingd, SplitUncertaintyd
 
@@ -178,7 +183,11 @@ def test_seed_decides():
 @pytest.mark.parametrize("samples", [0, 3])
 def test_global_generator_is_untouched(samples):
     before = torch.manual_seed(4).get_state()
-    inferer, network, volume = MCDropoutSliceInferer(samples=samples, amp=False), small_network(), stack(1, 1, 6, 6, 2)
+    inferer, network, volume = (
+        MCDropoutSliceInferer(samples=samples, amp=False),
+        small_network(),
+        stack(1, 1, 6, 6, 2),
+    )
     torch.set_rng_state(before)
     inferer(volume, network)
     assert torch.equal(torch.get_rng_state(), before)

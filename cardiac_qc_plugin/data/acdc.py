@@ -53,12 +53,12 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
         root: folder with ``patientNNN/patientNNN_frameFF.nii.gz``, ``..._gt.nii.gz`` and ``Info.cfg``.
         folds: number of folds, at least 2.
         seed: seed of the shuffle; recorded in the datalist.
-        split: ``"stratified"``, or ``"released_code"``: the authors' deterministic four folds, in which the scan that occurs
-            twice (patients 074 and 076) is in two folds.
+        split: ``"stratified"``, or ``"released_code"``: the authors' deterministic four folds, in which the scan that
+            occurs twice (patients 074 and 076) is in two folds.
 
     Returns:
-        ``{"name", "seed", "split", ..., "training": [{"image", "label", "fold", "meta": {"patient", "phase", "group"}}, ...]}``
-        with paths relative to ``root``.
+        ``{"name", "seed", "split", ..., "training": [{"image", "label", "fold", "meta": {"patient", "phase",
+        "group"}}, ...]}`` with paths relative to ``root``.
 
     Raises:
         ValueError: if the folder holds no patient, a listed frame is missing, or a setting is unknown.

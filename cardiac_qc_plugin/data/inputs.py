@@ -34,8 +34,8 @@ def find_scans(path: str | Path, root: str | Path | None = None) -> list[Scan]:
 
     Args:
         path: a NIfTI file (3-D, or 4-D with phases last); a folder, searched through all its subfolders, in which
-            references (``*_gt``) are left out, and so are 4-D files (``*_4d``) whose frames lie beside them, as in ACDC; or a MONAI
-            datalist (``.json``).
+            references (``*_gt``) are left out, and so are 4-D files (``*_4d``) whose frames lie beside them, as in
+            ACDC; or a MONAI datalist (``.json``).
         root: folder that the paths of a datalist are relative to; the datalist's own folder by default.
 
     Raises:
@@ -79,7 +79,9 @@ def datalist_files(path: Path, root: Path) -> list[Path]:
         items = [item for value in lists.values() if isinstance(value, list) for item in value]
         return [root / (item if isinstance(item, str) else item["image"]) for item in items]
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a MONAI datalist, which is a JSON object of lists of items ({error!r}).") from error
+        raise ValueError(
+            f"{path}: not a MONAI datalist, which is a JSON object of lists of items ({error!r})."
+        ) from error
 
 
 def phases(name: str, file: Path) -> list[Scan]:

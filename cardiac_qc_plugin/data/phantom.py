@@ -71,9 +71,7 @@ class ShortAxisPhantom:
         """The drawn parameters (mm, mm^3, radians, fractions); ``ejection`` is the LV's ejection fraction."""
         rng = np.random.default_rng(self.seed)
         group = self.group or str(rng.choice(list(GROUPS)))
-        a = SimpleNamespace(
-            group=group, **{key: rng.uniform(*limits) for key, limits in GROUPS[group].items()}
-        )
+        a = SimpleNamespace(group=group, **{key: rng.uniform(*limits) for key, limits in GROUPS[group].items()})
         a.length = rng.uniform(68, 84)
         a.shortening = rng.uniform(0.1, 0.2) * a.ejection
         a.rv_angle = math.radians(rng.normal(-66, 10))  # around the LV's center, from columns to rows
@@ -226,9 +224,7 @@ class ShortAxisPhantom:
         _paint(image, 0.8 * within * rim * np.clip(t.mm4 + 0.6 * t.mm2 + 0.2, 0, 1), muscle)
         for size, angle in zip(a.papillary, (a.rv_angle + 2.0, a.rv_angle - 2.1), strict=True):
             reach = size * np.sqrt(np.clip(1 - np.abs(g.depth - 0.5) / 0.35, 0, 1))
-            away = (
-                np.hypot(g.x - 0.7 * g.lv * math.cos(angle), g.y - 0.7 * g.lv * math.sin(angle)) + 1.2 * t.mm4
-            )
+            away = np.hypot(g.x - 0.7 * g.lv * math.cos(angle), g.y - 0.7 * g.lv * math.sin(angle)) + 1.2 * t.mm4
             _paint(image, within * _cover(away - reach) * (reach > 0.5), muscle)
 
     def _paint_atria(self, image, g):

@@ -83,8 +83,8 @@ def padded_crop(array: np.ndarray, row: int, col: int, size: int) -> np.ndarray:
 class SlicePatchDataset(IterableDataset):
     """Batches of random patches, rotated by random multiples of 90 degrees (section V-A).
 
-    Volumes are read and preprocessed once; afterwards a batch costs a few array slices. Slices are drawn uniformly, those
-    without any label included, with replacement. The random sequence comes from torch's generator (or from the seed
+    Volumes are read and preprocessed once; afterwards a batch costs a few array slices. Slices are drawn uniformly,
+    those without any label included, with replacement. The random sequence comes from torch's generator (or from the seed
     that the loader gives each worker), so no worker repeats another's.
 
     Args:

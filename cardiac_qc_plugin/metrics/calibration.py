@@ -66,9 +66,7 @@ def voxel_risk_coverage(
             "differ in shape; bring all to the scan's own grid first"
         )
     if not np.all(np.isfinite(uncertainty)):
-        raise ValueError(
-            f"uncertainty has {np.count_nonzero(~np.isfinite(uncertainty))} voxels that are not finite"
-        )
+        raise ValueError(f"uncertainty has {np.count_nonzero(~np.isfinite(uncertainty))} voxels that are not finite")
     if not np.all((coverage >= 0) & (coverage <= 1)):
         raise ValueError(f"coverage must lie in [0, 1] (1 = 100 %), got {coverage.min()} to {coverage.max()}")
     if not reference.any():

@@ -241,9 +241,7 @@ def patient_average_precision(
         ValueError: if there are no volumes, or not one patient for each.
     """
     if len(patients) != len(volumes):
-        raise ValueError(
-            f"got {len(patients)} patients for {len(volumes)} volumes; name the patient of each volume"
-        )
+        raise ValueError(f"got {len(patients)} patients for {len(volumes)} volumes; name the patient of each volume")
     members: dict[Hashable, list[VolumeDetection]] = {}
     for patient, volume in zip(patients, volumes, strict=True):
         members.setdefault(patient, []).append(volume)
@@ -349,9 +347,7 @@ def choose_threshold(volumes: Sequence[VolumeDetection], beta: float = 2.0) -> f
     probability = np.concatenate([v.probability for v in volumes])
     failing = np.concatenate([v.failure_voxels for v in volumes]) > 0
     if not failing.any():
-        raise ValueError(
-            f"none of the {failing.size} regions fails, so no threshold can be chosen; add volumes"
-        )
+        raise ValueError(f"none of the {failing.size} regions fails, so no threshold can be chosen; add volumes")
     thresholds = np.unique(probability)
     found = _sum_positive(probability, failing, thresholds)
     flagged = _sum_positive(probability, np.ones_like(failing), thresholds)

@@ -65,9 +65,7 @@ def paired_values(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.n
             "give one value per patient in both, nan where it is undefined"
         )
     if np.isinf(first).any() or np.isinf(second).any():
-        raise ValueError(
-            "paired values hold inf; mark an undefined value with nan, so that it is counted as excluded"
-        )
+        raise ValueError("paired values hold inf; mark an undefined value with nan, so that it is counted as excluded")
     complete = ~(np.isnan(first) | np.isnan(second))
     return first[complete], second[complete], int((~complete).sum())
 

@@ -12,8 +12,8 @@ __all__ = ["DilatedCNN"]
 class DilatedCNN(nn.Module):
     """Ten convolutions, eight of them dilated, with dropout after all but the last one.
 
-    The convolutions are valid, as in the paper; the module zero-pads its input by half the receptive field
-    minus one (65 pixels by default) on every side, so that the logits lie on the input's grid and any input size is accepted.
+    The convolutions are valid, as in the paper; the module zero-pads its input on every side by half of the
+    receptive field (65 pixels by default), so that the logits lie on the input's grid, whatever its size.
 
     Args:
         in_channels: channels of the input.
@@ -44,9 +44,7 @@ class DilatedCNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(features) != len(dilations):
-            raise ValueError(
-                f"features and dilations need the same length, got {len(features)} and {len(dilations)}."
-            )
+            raise ValueError(f"features and dilations need the same length, got {len(features)} and {len(dilations)}.")
         self.padding = sum(dilations)
         layers: list[nn.Module] = []
         channels = in_channels

@@ -65,9 +65,7 @@ class FailureCriterion:
         for name in ("min_cluster", "apex_min_cluster", "absent_min_cluster"):
             value = getattr(self, name)
             if value != int(value) or value < 1:
-                raise ValueError(
-                    f"{name} has to be a whole number of voxels >= 1 (1: no size rule), got {value!r}."
-                )
+                raise ValueError(f"{name} has to be a whole number of voxels >= 1 (1: no size rule), got {value!r}.")
         if self.unit not in ("voxel", "mm"):
             raise ValueError(f"unit has to be 'voxel' or 'mm', got {self.unit!r}.")
 
@@ -98,13 +96,9 @@ class FailureCriterion:
         if isinstance(value, str):
             return cls.preset(value)
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"A failure criterion is a FailureCriterion, a preset name or fields, got {value!r}."
-            )
+            raise ValueError(f"A failure criterion is a FailureCriterion, a preset name or fields, got {value!r}.")
         if unknown := set(value) - set(cls.__dataclass_fields__):
-            raise ValueError(
-                f"Unknown fields {sorted(unknown)}; a criterion has {list(cls.__dataclass_fields__)}."
-            )
+            raise ValueError(f"Unknown fields {sorted(unknown)}; a criterion has {list(cls.__dataclass_fields__)}.")
         return cls(**value)
 
 
@@ -157,9 +151,7 @@ def failure_mask(
         raise ValueError(f"apex has to be 'last' or 'first', got {apex!r}.")
     labeled_slices = np.flatnonzero(reference.any(axis=(0, 1)))
     if not labeled_slices.size:
-        raise ValueError(
-            "The reference has no label at all: failures are undefined; check the file it came from."
-        )
+        raise ValueError("The reference has no label at all: failures are undefined; check the file it came from.")
     apical_slice = labeled_slices[-1 if apex == "last" else 0]
     sampling = (1.0, 1.0) if criterion.unit == "voxel" else _in_plane_spacing(spacing)
 
@@ -198,9 +190,7 @@ def _class_failures(
     return failures
 
 
-def _beyond_tolerance(
-    target: np.ndarray, sampling: Sequence[float], criterion: FailureCriterion
-) -> np.ndarray:
+def _beyond_tolerance(target: np.ndarray, sampling: Sequence[float], criterion: FailureCriterion) -> np.ndarray:
     """Pixels (H, W) of one slice that may not be wrong, for the class with reference mask `target`."""
     if not target.any():
         return np.ones_like(target)
@@ -235,9 +225,7 @@ def as_label_volumes(**volumes: np.ndarray) -> list[np.ndarray]:
         if array.ndim != 3:
             raise ValueError(f"{name} has to be (H, W, D) with slices last, got shape {array.shape}.")
         if array.shape != first.shape:
-            raise ValueError(
-                f"{name} has shape {array.shape}, {first_name} {first.shape}: bring them to one grid."
-            )
+            raise ValueError(f"{name} has shape {array.shape}, {first_name} {first.shape}: bring them to one grid.")
         known = np.isin(array, (0, *CLASSES))
         if not known.all():
             raise ValueError(
@@ -254,9 +242,7 @@ def channel_first_volume(volume: NdarrayOrTensor, name: str) -> np.ndarray:
         ValueError: the shape is not (1, H, W, D).
     """
     if volume.ndim != 4 or volume.shape[0] != 1:
-        raise ValueError(
-            f"{name} has to be one channel first, (1, H, W, D), got shape {tuple(volume.shape)}."
-        )
+        raise ValueError(f"{name} has to be one channel first, (1, H, W, D), got shape {tuple(volume.shape)}.")
     return convert_to_numpy(volume)[0]
 
 
@@ -307,13 +293,9 @@ class FailureLabel(Transform):
 def _spacing_of(*volumes: NdarrayOrTensor) -> np.ndarray:
     spacings = [convert_to_numpy(volume.pixdim)[:2] for volume in volumes if isinstance(volume, MetaTensor)]
     if not spacings:
-        raise ValueError(
-            "The criterion is in mm, which needs the spacing of a MetaTensor: load images with metadata."
-        )
+        raise ValueError("The criterion is in mm, which needs the spacing of a MetaTensor: load images with metadata.")
     if not np.allclose(spacings, spacings[0], rtol=1e-4):
-        raise ValueError(
-            f"Prediction and reference differ in spacing, {spacings} mm: bring them to one grid."
-        )
+        raise ValueError(f"Prediction and reference differ in spacing, {spacings} mm: bring them to one grid.")
     return spacings[0]
 
 

@@ -39,16 +39,12 @@ def crop_box(mask_slice: np.ndarray, region_size: int = 8, min_size: int = 80) -
     if mask_slice.ndim != 2:
         raise ValueError(f"mask_slice has to be (H, W), got shape {mask_slice.shape}.")
     if region_size < 1 or min_size < region_size or min_size % region_size:
-        raise ValueError(
-            f"min_size has to be a positive multiple of region_size, got {min_size} and {region_size}."
-        )
+        raise ValueError(f"min_size has to be a positive multiple of region_size, got {min_size} and {region_size}.")
     foreground = mask_slice > 0
     box: list[int] = []
     for axis, length in enumerate(foreground.shape):
         indices = np.flatnonzero(foreground.any(axis=1 - axis))
-        first, stop = (
-            (int(indices[0]), int(indices[-1]) + 1) if indices.size else (length // 2, length - length // 2)
-        )
+        first, stop = (int(indices[0]), int(indices[-1]) + 1) if indices.size else (length // 2, length - length // 2)
         size = max(min_size, -(-(stop - first) // region_size) * region_size)
         start = first - (size - (stop - first)) // 2
         start = min(max(start, 0), length - size) if size <= length else (length - size) // 2
@@ -124,9 +120,7 @@ def region_counts(failure: NdarrayOrTensor, region_size: int) -> NdarrayOrTensor
     """
     *lead, height, width = failure.shape
     if height % region_size or width % region_size:
-        raise ValueError(
-            f"A crop of {height} x {width} does not split into cells of {region_size} x {region_size}."
-        )
+        raise ValueError(f"A crop of {height} x {width} does not split into cells of {region_size} x {region_size}.")
     tiles = (*lead, height // region_size, region_size, width // region_size, region_size)
     return (failure != 0).reshape(tiles).sum(axis=(-3, -1))
 
@@ -194,9 +188,7 @@ def flagged_region_map(
             probability or threshold that is no number in [0, 1], or more regions than 65535.
     """
     if len(probabilities) != shape[2] or len(boxes) != shape[2]:
-        raise ValueError(
-            f"{shape[2]} slices, but {len(probabilities)} grids of cells and {len(boxes)} boxes."
-        )
+        raise ValueError(f"{shape[2]} slices, but {len(probabilities)} grids of cells and {len(boxes)} boxes.")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold has to be in [0, 1], got {threshold}.")
     found = []
@@ -204,9 +196,7 @@ def flagged_region_map(
         if not ((cells >= 0) & (cells <= 1)).all():
             raise ValueError(f"The failure probabilities of slice {index} are not all in [0, 1].")
         if tuple(side * region_size for side in cells.shape) != (box[1] - box[0], box[3] - box[2]):
-            raise ValueError(
-                f"{cells.shape} cells of {region_size} pixels do not tile the box {box} of slice {index}."
-            )
+            raise ValueError(f"{cells.shape} cells of {region_size} pixels do not tile the box {box} of slice {index}.")
         for row, col in np.argwhere(cells >= threshold).tolist():
             row0, row1 = (min(max(box[0] + edge * region_size, 0), shape[0]) for edge in (row, row + 1))
             col0, col1 = (min(max(box[2] + edge * region_size, 0), shape[1]) for edge in (col, col + 1))

@@ -92,7 +92,10 @@ class PredictiveEntropyd(MapTransform):
         self.output_key = output_key
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        return {**data, **{self.output_key: PredictiveEntropy()(data[key]) for key in self.key_iterator(data)}}
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[self.output_key] = PredictiveEntropy()(d[key])
+        return d
 
 
 class BayesianMapd(MapTransform):
@@ -103,7 +106,10 @@ class BayesianMapd(MapTransform):
         self.output_key = output_key
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        return {**data, **{self.output_key: BayesianMap()(data[key]) for key in self.key_iterator(data)}}
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[self.output_key] = BayesianMap()(d[key])
+        return d
 
 
 class SplitUncertaintyd(MapTransform):

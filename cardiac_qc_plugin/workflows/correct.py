@@ -54,14 +54,10 @@ def correct(
     if (reference is None) == (edited is None):
         raise ValueError("Give one of reference (simulated correction) and edited (an expert's masks).")
     if output.resolve().is_relative_to(predictions.resolve()):
-        raise ValueError(
-            f"{output} is in the predictions {predictions}: write the corrections somewhere else."
-        )
+        raise ValueError(f"{output} is in the predictions {predictions}: write the corrections somewhere else.")
     if edited is not None:
         if (rule, criterion) != ("paper", None):
-            raise ValueError(
-                "rule and criterion belong to simulated correction; leave them out with edited masks."
-            )
+            raise ValueError("rule and criterion belong to simulated correction; leave them out with edited masks.")
         method = _expert(References(edited), on_outside)
     else:
         method = _simulated(References(reference), rule, criterion, apex)
@@ -82,9 +78,7 @@ def correct(
             },
             "versions": {"cardiac_qc_plugin": __version__},
         }
-        (output / case / "correction.json").unlink(
-            missing_ok=True
-        )  # it says that the segmentation is complete
+        (output / case / "correction.json").unlink(missing_ok=True)  # it says that the segmentation is complete
         write_like(output / case / SEGMENTATION, labels, segmentation)
         write_json(output / case / "correction.json", record)
         return record
@@ -97,9 +91,7 @@ def _simulated(references: References, rule: Rule, criterion: str | None, apex: 
     if rule not in get_args(Rule):
         raise ValueError(f"Unknown correction rule {rule!r}; choose one of {list(get_args(Rule))}.")
     if rule == "paper" and criterion is not None:
-        raise ValueError(
-            "The rule 'paper' corrects all of a flagged region, failures or not: give no criterion."
-        )
+        raise ValueError("The rule 'paper' corrects all of a flagged region, failures or not: give no criterion.")
     if rule != "paper":
         criterion = criterion or ("released_code" if rule == "released_code" else "paper")
         FailureCriterion.preset(criterion)
@@ -143,9 +135,7 @@ def _flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
     path = folder / REGIONS
     regions = read_volume(path).data
     if regions.shape != segmentation.data.shape:
-        raise ValueError(
-            f"{path}: shape {regions.shape}, but the segmentation has {segmentation.data.shape}."
-        )
+        raise ValueError(f"{path}: shape {regions.shape}, but the segmentation has {segmentation.data.shape}.")
     return regions, path
 
 

@@ -86,9 +86,7 @@ def evaluate(
         OSError: the output cannot be written.
     """
     if criterion not in CRITERIA or apex not in ("last", "first"):
-        raise ValueError(
-            f"criterion is one of {CRITERIA} and apex 'last' or 'first', got {criterion!r} and {apex!r}."
-        )
+        raise ValueError(f"criterion is one of {CRITERIA} and apex 'last' or 'first', got {criterion!r} and {apex!r}.")
     output, measure = Path(output), partial(measure_case, references=References(reference), apex=apex)
     cases, failures = _measure(predictions, measure)
     patients = measure_patients(cases)
@@ -132,9 +130,7 @@ def measure_patients(cases: Cases) -> dict[str, tuple[ClinicalIndices, ClinicalI
     for case in cases.values():
         phases.setdefault(case.patient, {})[case.phase] = case
     return {
-        patient: measure_patient(own["ED"], own["ES"])
-        for patient, own in phases.items()
-        if {"ED", "ES"} <= own.keys()
+        patient: measure_patient(own["ED"], own["ES"]) for patient, own in phases.items() if {"ED", "ES"} <= own.keys()
     }
 
 
@@ -259,9 +255,7 @@ def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
     both = [case for case in before if case in after]
     cells = [
         {"metric": metric, "phase": phase, "structure": name}
-        | _paired(
-            *([getattr(side[case.case].scores[name], metric) for case in own] for side in (before, after))
-        )
+        | _paired(*([getattr(side[case.case].scores[name], metric) for case in own] for side in (before, after)))
         for metric in ("dice", "hausdorff", "hausdorff_penalized")
         for phase, own in _by_phase(before[case] for case in both).items()
         for name in STRUCTURES
@@ -317,12 +311,9 @@ def write_curves(output: Path, cases: Iterable[Measurement], criterion: str) -> 
         write_file(output / "figures/risk_coverage.png", draw_coverage(curves).savefig)
 
 
-def _threshold_rows(
-    curves: Mapping[str, RegionCurve | SlicePrecisionRecall], *columns: str
-) -> list[dict[str, Any]]:
+def _threshold_rows(curves: Mapping[str, RegionCurve | SlicePrecisionRecall], *columns: str) -> list[dict[str, Any]]:
     return [
-        {"criterion": name, "threshold": threshold}
-        | {column: getattr(curve, column)[i] for column in columns}
+        {"criterion": name, "threshold": threshold} | {column: getattr(curve, column)[i] for column in columns}
         for name, curve in curves.items()
         for i, threshold in enumerate(curve.thresholds)
     ]

@@ -103,9 +103,7 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     segmentation = read_labels(folder / "segmentation.nii.gz")
     reference = read_reference(reference_path, segmentation)
     maps = {
-        name: _read_map(folder / file, segmentation)
-        for name, file in MAP_FILES.items()
-        if (folder / file).is_file()
+        name: _read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
     }
     qc_path = folder / "qc.json"
     qc = read_json(qc_path) if qc_path.is_file() else {}
@@ -151,8 +149,7 @@ def _detection(
         )
     painted = _read_map(qc_path.with_name("failure_probability.nii.gz"), segmentation)
     failures = {
-        name: failure_mask(segmentation.data, reference, segmentation.spacing[:2], name, apex)
-        for name in CRITERIA
+        name: failure_mask(segmentation.data, reference, segmentation.spacing[:2], name, apex) for name in CRITERIA
     }
     try:
         return {
@@ -167,9 +164,7 @@ def _scan_scores(qc: dict[str, Any], maps: dict[str, np.ndarray], labels: np.nda
     """The scores in ``qc.json``, and each map's mean over the segmentation's box (all, if it is empty)."""
     scores = {name: np.nan if value is None else float(value) for name, value in qc.get("scores", {}).items()}
     box = ndimage.find_objects((labels > 0).astype(np.int8))
-    return scores | {
-        f"mean_{name}": float(values[box[0] if box else ...].mean()) for name, values in maps.items()
-    }
+    return scores | {f"mean_{name}": float(values[box[0] if box else ...].mean()) for name, values in maps.items()}
 
 
 def measure_patient(ed: Measurement, es: Measurement) -> tuple[ClinicalIndices, ClinicalIndices]:

@@ -17,9 +17,7 @@ from .files import write_json
 __all__ = ["choose_operating_point", "volume_detection"]
 
 
-def volume_detection(
-    painted: np.ndarray, failures: np.ndarray, boxes: list[Box], region_size: int
-) -> VolumeDetection:
+def volume_detection(painted: np.ndarray, failures: np.ndarray, boxes: list[Box], region_size: int) -> VolumeDetection:
     """The detector's regions of one volume beside what is true in them.
 
     Args:

@@ -32,9 +32,7 @@ class Outcome:
     failures: dict[str, str]
 
 
-def each_case(
-    root: Path, work: Callable[[str, Path], T], description: str
-) -> tuple[dict[str, T], dict[str, str]]:
+def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> tuple[dict[str, T], dict[str, str]]:
     """Call `work` with name and folder of every case under `root`; a broken case does not stop the others.
 
     Args:
@@ -86,9 +84,7 @@ class References:
                     rank, parts = 0 if match["mark"] else 2, (*folders, match["stem"])
                 self.files.setdefault(parts[-1], []).append((rank, parts, path))
         if not self.files:
-            raise ValueError(
-                f"{self.root}: no such folder, or no NIfTI file in it. Give a folder of label files."
-            )
+            raise ValueError(f"{self.root}: no such folder, or no NIfTI file in it. Give a folder of label files.")
 
     def find(self, case: str, own: Path) -> Path:
         """The label file of a case.
@@ -185,7 +181,5 @@ def patient_and_phase(case: str, reference: Path) -> tuple[str, str]:
     try:
         phases = {int(frames[phase]): phase for phase in ("ED", "ES")}
     except ValueError as error:
-        raise ValueError(
-            f"{info}: ED {frames['ED']!r} and ES {frames['ES']!r} have to be frame numbers."
-        ) from error
+        raise ValueError(f"{info}: ED {frames['ED']!r} and ES {frames['ES']!r} have to be frame numbers.") from error
     return match[1], phases.get(int(match[2]), "unknown")

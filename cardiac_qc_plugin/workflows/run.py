@@ -28,7 +28,10 @@ SEGMENT_FILES = {
     "emap": (MAP_FILES["emap"], np.float32),
     "bmap": (MAP_FILES["bmap"], np.float32),
 }
-DETECT_FILES = {"pred": ("failure_probability.nii.gz", np.float32), "regions": ("failure_regions.nii.gz", np.uint16)}
+DETECT_FILES = {
+    "pred": ("failure_probability.nii.gz", np.float32),
+    "regions": ("failure_regions.nii.gz", np.uint16),
+}
 
 
 class CaseFailures(RuntimeError):
@@ -73,7 +76,11 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
 def detect(folder: Path, image: Path, volume: Volume, bundle: BundlePredictor) -> dict[str, Any]:
     """Failure probability and flagged regions of a segmented scan; returns their entry of ``qc.json``."""
     uncertainty = MAP_FILES[bundle.config["map"]]
-    case = {"image": image, "segmentation": folder / SEGMENT_FILES["pred"][0], "uncertainty": folder / uncertainty}
+    case = {
+        "image": image,
+        "segmentation": folder / SEGMENT_FILES["pred"][0],
+        "uncertainty": folder / uncertainty,
+    }
     result = bundle({key: str(path) for key, path in case.items()})
     write_maps(result, DETECT_FILES, folder, volume)
     return {"map": bundle.config["map"], **result["result"]}
@@ -128,12 +135,23 @@ def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: Bun
             continue
         done = False
         start = time.perf_counter()
-        provenance = {"bundle": bundle.name, "bundle_version": bundle.version, "weights_sha256": bundle.weights_sha256}
+        provenance = {
+            "bundle": bundle.name,
+            "bundle_version": bundle.version,
+            "weights_sha256": bundle.weights_sha256,
+        }
         qc[section] = {**provenance, **work()}
-        qc.setdefault("stages", {})[stage] = {"digest": expected, "seconds": round(time.perf_counter() - start, 3)}
+        qc.setdefault("stages", {})[stage] = {
+            "digest": expected,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
     if not done:
         qc["scores"] = scores(qc["segmentation"], qc["detection"])
-        qc["versions"] = {"cardiac_qc_plugin": __version__, "monai": version("monai"), "torch": version("torch")}
+        qc["versions"] = {
+            "cardiac_qc_plugin": __version__,
+            "monai": version("monai"),
+            "torch": version("torch"),
+        }
         write_json(record, qc)
     return qc
 

@@ -71,9 +71,7 @@ def test_orientation_is_that_of_acdc(beat):
     rv, lv = (np.array(ndimage.center_of_mass(labels == k)) for k in (RV, LV))
     assert rv[0] < lv[0] - 10
     row, column, middle = lv.round().astype(int)
-    assert (
-        image[row, column - 40 : column - 28, middle].mean() < 0.3 * image[row, column, middle]
-    )  # left lung
+    assert image[row, column - 40 : column - 28, middle].mean() < 0.3 * image[row, column, middle]  # left lung
 
 
 def test_contrast(beat):
@@ -86,9 +84,7 @@ def test_contrast(beat):
     for image, labels in beat[1:]:
         low, high = np.percentile(image, (1, 99))
         scaled = np.clip((image - low) / (high - low), 0, 1)
-        rv, lvm, lv = (
-            scaled[ndimage.binary_erosion(labels == k, np.ones((3, 3, 1)))].mean() for k in (RV, LVM, LV)
-        )
+        rv, lvm, lv = (scaled[ndimage.binary_erosion(labels == k, np.ones((3, 3, 1)))].mean() for k in (RV, LVM, LV))
         assert lv > rv > 2 * lvm > 4 * np.percentile(scaled, 25)
         assert lv == pytest.approx(0.72, abs=0.24) and rv == pytest.approx(0.60, abs=0.24)
         assert lvm == pytest.approx(0.26, abs=0.12)
@@ -129,9 +125,7 @@ def test_contraction_is_smooth_periodic_and_peaks_at_end_systole():
     curve = np.array([contraction(phase) for phase in phases])
     assert curve[0] == 0 and curve.max() == pytest.approx(1, abs=1e-5)
     assert phases[curve.argmax()] == pytest.approx(ES_PHASE, abs=1e-3)
-    assert (np.sign(np.diff(curve))[[0, -1]] == (1, -1)).all() and (
-        np.diff(np.sign(np.diff(curve))) != 0
-    ).sum() == 1
+    assert (np.sign(np.diff(curve))[[0, -1]] == (1, -1)).all() and (np.diff(np.sign(np.diff(curve))) != 0).sum() == 1
     assert np.abs(np.diff(curve, append=curve[0])).max() < 0.005  # at most 10 per cycle: a beat, no jump
 
 
@@ -189,9 +183,7 @@ def test_write_phantom(tmp_path):
     phantom = ShortAxisPhantom(seed=1, n_slices=3, shape=(64, 72), spacing=(2.25, 2.5, 10.0))
     files = write_phantom(tmp_path / "new", "case", phantom, cine_frames=4)
     assert set(files) == {"ed", "ed_gt", "es", "es_gt", "4d", "4d_gt"}
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
-        f"case_{end}.nii.gz" for end in files
-    )
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(f"case_{end}.nii.gz" for end in files)
     image, labels = phantom.frame(ES_PHASE)
     for path, expected in ((files["es"], image), (files["es_gt"], labels)):
         nifti = nib.load(path)
@@ -203,9 +195,7 @@ def test_write_phantom(tmp_path):
 
 
 def test_write_phantom_at_chosen_phases_without_labels(tmp_path):
-    files = write_phantom(
-        tmp_path, "case", ShortAxisPhantom(n_slices=2, **SMALL), {"mid": 0.7}, with_labels=False
-    )
+    files = write_phantom(tmp_path, "case", ShortAxisPhantom(n_slices=2, **SMALL), {"mid": 0.7}, with_labels=False)
     assert files == {"mid": tmp_path / "case_mid.nii.gz"} and files["mid"].exists()
 
 

@@ -12,8 +12,7 @@ GRID = np.linspace(0, 1, 101)
 def brute_force(prediction, reference, uncertainty, coverage):
     """One pass over the box for each threshold; slices of the box by explicit search."""
     box = tuple(
-        slice(min(index), max(index) + 1)
-        for index in ([v[axis] for v in np.argwhere(reference)] for axis in range(3))
+        slice(min(index), max(index) + 1) for index in ([v[axis] for v in np.argwhere(reference)] for axis in range(3))
     )
     prediction, reference, uncertainty = prediction[box], reference[box], uncertainty[box]
     points = [(0.0, 0)]
@@ -34,16 +33,12 @@ def test_brute_force_with_ties(prediction, reference, uncertainty, blank):
     if not reference.any():
         reference[2, 2, 1] = 1
     curve = voxel_risk_coverage(prediction, reference, uncertainty / 10)
-    np.testing.assert_allclose(
-        curve.risk, brute_force(prediction, reference, uncertainty / 10, GRID), atol=1e-9
-    )
+    np.testing.assert_allclose(curve.risk, brute_force(prediction, reference, uncertainty / 10, GRID), atol=1e-9)
     assert curve.n_errors + curve.n_errors_outside == np.sum(prediction != reference)
 
 
 def one_row(prediction, reference, uncertainty, **options):
-    return voxel_risk_coverage(
-        *(np.reshape(v, (1, -1, 1)) for v in (prediction, reference, uncertainty)), **options
-    )
+    return voxel_risk_coverage(*(np.reshape(v, (1, -1, 1)) for v in (prediction, reference, uncertainty)), **options)
 
 
 def test_hand_computed():
@@ -84,9 +79,7 @@ def test_only_the_order_of_the_uncertainty_matters():
     prediction, reference = rng.integers(0, 4, (2, 8, 8, 4))
     uncertainty = rng.random((8, 8, 4)).astype(np.float32)
     curve = voxel_risk_coverage(prediction, reference, uncertainty)
-    np.testing.assert_array_equal(
-        curve.risk, voxel_risk_coverage(prediction, reference, uncertainty * 4 + 1).risk
-    )
+    np.testing.assert_array_equal(curve.risk, voxel_risk_coverage(prediction, reference, uncertainty * 4 + 1).risk)
     assert np.all(np.diff(curve.risk) >= 0) and curve.risk[0] == 0 and curve.risk[-1] == curve.n_errors
 
 
@@ -108,8 +101,6 @@ def test_box_is_three_dimensional():
     ],
 )
 def test_wrong_input(change, message):
-    arguments = {
-        name: np.ones((2, 2, 2), int) for name in ("prediction", "reference", "uncertainty")
-    } | change
+    arguments = {name: np.ones((2, 2, 2), int) for name in ("prediction", "reference", "uncertainty")} | change
     with pytest.raises(ValueError, match=message):
         voxel_risk_coverage(**arguments)

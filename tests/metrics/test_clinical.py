@@ -33,9 +33,7 @@ def test_indices_by_hand():
 
 def test_density():
     volumes = labels(1, 50, 1), labels(1, 1, 1)
-    light, heavy = (
-        clinical_indices(*volumes, (1, 1, 10), (1, 1, 10), density=density) for density in (1.04, 1.06)
-    )
+    light, heavy = (clinical_indices(*volumes, (1, 1, 10), (1, 1, 10), density=density) for density in (1.04, 1.06))
     assert heavy.lvm_mass / light.lvm_mass == pytest.approx(1.06 / 1.04)
     with pytest.raises(ValueError, match="density must be positive .* got 0"):
         clinical_indices(*volumes, (1, 1, 10), (1, 1, 10), density=0)
@@ -72,9 +70,7 @@ def test_agreement_against_regression():
     assert agreement(reference, automatic).bias == pytest.approx(-result.bias)
 
 
-@pytest.mark.parametrize(
-    "automatic, reference", [([3.0], [2.0]), ([1.0, 2.0], [5.0, 5.0]), ([NAN], [1.0]), ([], [])]
-)
+@pytest.mark.parametrize("automatic, reference", [([3.0], [2.0]), ([1.0, 2.0], [5.0, 5.0]), ([NAN], [1.0]), ([], [])])
 def test_agreement_where_correlation_is_undefined(automatic, reference):
     assert math.isnan(agreement(automatic, reference).r)
 

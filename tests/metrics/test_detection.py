@@ -54,9 +54,7 @@ CLEAN = VolumeDetection([0.5, 0.1], [0, 0], [0, 1], [0, 0])
 
 def test_region_curve_by_hand():
     curve = region_curve([HAND, CLEAN], [0.0, 0.2, 0.5, 0.9, 1.0])
-    np.testing.assert_allclose(
-        curve.sensitivity, np.array([30, 30, 20, 20, 0]) / 40
-    )  # never finds the 10 outside
+    np.testing.assert_allclose(curve.sensitivity, np.array([30, 30, 20, 20, 0]) / 40)  # never finds the 10 outside
     np.testing.assert_allclose(curve.false_positives, np.array([4 + 2, 3 + 1, 1 + 1, 0, 0]) / 2)
     assert (curve.n_volumes, curve.n_without_failures) == (2, 1)
 
@@ -152,9 +150,7 @@ def test_failing_slice_percentage():
 
 
 def test_operating_point_by_hand():
-    point = operating_point(
-        [HAND, CLEAN], 0.5
-    )  # flagged: regions .9, .6 of slice 0, and .5 of the clean volume
+    point = operating_point([HAND, CLEAN], 0.5)  # flagged: regions .9, .6 of slice 0, and .5 of the clean volume
     assert point.voxel_sensitivity == pytest.approx(20 / 40)
     assert point.false_positive_regions == pytest.approx((1 + 1) / 2)
     assert (point.region_precision, point.region_recall) == (pytest.approx(1 / 3), pytest.approx(1 / 2))

@@ -82,9 +82,7 @@ def test_solid_structures_at_the_edge_of_the_image(corner):
     high = [slice(-5, None) if far else slice(0, 5) for far in corner[:2]] + [slice(0, 5)]
     prediction[tuple(low)], reference[tuple(high)] = 1, 1
     score = dice_and_hausdorff(prediction, reference, SPACING)["RV"]
-    assert score.hausdorff == pytest.approx(
-        brute_force_hausdorff(prediction == 1, reference == 1, SPACING), rel=1e-6
-    )
+    assert score.hausdorff == pytest.approx(brute_force_hausdorff(prediction == 1, reference == 1, SPACING), rel=1e-6)
 
 
 def test_a_ring_is_measured_to_its_inner_surface_too():

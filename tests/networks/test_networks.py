@@ -15,7 +15,8 @@ SEGMENTATION = [
     pytest.param(lambda **k: BayesianUNet(features=SMALL_UNET, **k), id="unet"),
 ]
 DETECTORS = [
-    pytest.param(lambda r=r, **k: FailureResNet(in_channels=3, region_size=r, **k), id=f"detector{r}") for r in (4, 8, 16)
+    pytest.param(lambda r=r, **k: FailureResNet(in_channels=3, region_size=r, **k), id=f"detector{r}")
+    for r in (4, 8, 16)
 ]
 
 

@@ -49,9 +49,7 @@ def test_everything_flagged_gives_the_reference():
     everything = np.ones(SHAPE, bool)
     np.testing.assert_array_equal(simulate_correction(prediction, reference, everything), reference)
     partly = simulate_correction(prediction, reference, everything, failures, "released_code")
-    np.testing.assert_array_equal(
-        partly, simulate_correction(prediction, reference, None, failures, "upper_bound")
-    )
+    np.testing.assert_array_equal(partly, simulate_correction(prediction, reference, None, failures, "upper_bound"))
     assert (partly != reference).any()
     np.testing.assert_array_equal(simulate_correction(prediction, reference, ~everything), prediction)
 
@@ -153,9 +151,7 @@ def test_edit_errors():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(
-    "kind", [np.asarray, torch.as_tensor, lambda a: MetaTensor(a, meta={"patient": "p1"})]
-)
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, lambda a: MetaTensor(a, meta={"patient": "p1"})])
 def test_transforms_agree_with_the_function(rule, kind):
     prediction, reference, flagged, failures = volumes()
     expected = simulate_correction(prediction, reference, flagged, failures, rule)

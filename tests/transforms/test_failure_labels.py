@@ -58,9 +58,7 @@ def released_code_rule(cluster, inside, distance, is_apex):
     """The integer distance map of the released code, literally: subtract, truncate, test for > 0."""
     if is_apex:
         return cluster if len(cluster) >= 15 else []
-    stored = [
-        9999 if distance is None else int(max(distance[p] - (3.1 if inside[p] else 4.6), 0)) for p in cluster
-    ]
+    stored = [9999 if distance is None else int(max(distance[p] - (3.1 if inside[p] else 4.6), 0)) for p in cluster]
     return cluster if len(cluster) >= 10 and max(stored) > 0 else []
 
 
@@ -101,9 +99,7 @@ def blocks():
         ("released_code", released_code_rule, (1.25, 1.68), (1.25, 1.68)),
     ],
 )
-def test_presets_agree_with_brute_force(
-    preset, rule, spacing, rule_spacing, prediction, reference, empty, apex
-):
+def test_presets_agree_with_brute_force(preset, rule, spacing, rule_spacing, prediction, reference, empty, apex):
     reference = reference * ~np.array(empty)  # slices above the base and below the apex
     assume(reference.any())
     expected = oracle(prediction, reference, rule_spacing, rule, apex)
@@ -378,8 +374,5 @@ def test_dictionary_transform_passes_the_apex_on():
     prediction[:, 10:14, 10:14, 0] = 0
     prediction[:, 20, 10:14, 0] = 1  # a small, far cluster: a failure at the apex only
     data = {"pred": prediction, "label": reference}
-    counts = [
-        FailureLabeld("pred", "label", "out", apex=apex)(data)["out"][..., 0].sum()
-        for apex in ("last", "first")
-    ]
+    counts = [FailureLabeld("pred", "label", "out", apex=apex)(data)["out"][..., 0].sum() for apex in ("last", "first")]
     assert counts == [0, 4]

@@ -128,9 +128,7 @@ def test_region_labels_and_counts_agree_with_loops(region_size, lead):
         assert type(labels) is type(kind(failure)) and str(labels.dtype).endswith("bool")
         np.testing.assert_array_equal(counts, expected)
         np.testing.assert_array_equal(labels, expected > 0)
-        np.testing.assert_array_equal(
-            region_counts(kind(failure.astype(np.uint8) * 200), region_size), expected
-        )
+        np.testing.assert_array_equal(region_counts(kind(failure.astype(np.uint8) * 200), region_size), expected)
 
 
 def test_regions_have_to_tile_the_crop():
@@ -151,9 +149,7 @@ def test_paint_regions(drawn):
     for row, col in np.ndindex(mask.shape):
         in_box = box[0] <= row < box[1] and box[2] <= col < box[3]
         assert painted[row, col] == (tiles[row - box[0], col - box[2]] if in_box else 0)
-    if (
-        box[0] >= 0 and box[2] >= 0
-    ):  # whole crop in the image: labels of a painted selection are that selection
+    if box[0] >= 0 and box[2] >= 0:  # whole crop in the image: labels of a painted selection are that selection
         selected = paint_regions(cells > 0.5, box, mask.shape, region_size)
         np.testing.assert_array_equal(region_labels(crop_slice(selected, box), region_size), cells > 0.5)
     with pytest.raises(ValueError, match="asks for"):
@@ -163,9 +159,7 @@ def test_paint_regions(drawn):
 def test_flagged_regions_are_numbered_by_probability_then_place():
     first = np.array([[0.9, 0.2], [0.5, 0.7]])
     second = np.array([[0.7, 0.49], [0.7, 0.95]], np.float32)
-    region_map, records = flagged_region_map(
-        [first, second], [(0, 8, 2, 10), (4, 12, 0, 8)], (12, 12, 2), 0.5, 4
-    )
+    region_map, records = flagged_region_map([first, second], [(0, 8, 2, 10), (4, 12, 0, 8)], (12, 12, 2), 0.5, 4)
     assert region_map.shape == (12, 12, 2) and region_map.dtype == np.uint16
     keys = ("id", "slice", "row0", "row1", "col0", "col1")
     assert [tuple(record[key] for key in keys) for record in records] == [
@@ -176,9 +170,7 @@ def test_flagged_regions_are_numbered_by_probability_then_place():
         (5, 1, 8, 12, 0, 4),
         (6, 0, 4, 8, 2, 6),  # the threshold itself counts
     ]
-    np.testing.assert_allclose(
-        [r["probability"] for r in records], [0.95, 0.9, 0.7, 0.7, 0.7, 0.5], rtol=1e-6
-    )
+    np.testing.assert_allclose([r["probability"] for r in records], [0.95, 0.9, 0.7, 0.7, 0.7, 0.5], rtol=1e-6)
     np.testing.assert_array_equal(
         region_map[..., 0], paint_regions(np.array([[2, 0], [6, 3]]), (0, 8, 2, 10), (12, 12), 4)
     )
