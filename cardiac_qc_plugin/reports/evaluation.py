@@ -65,9 +65,7 @@ def _segmentation(phases: Mapping[str, Any], mean_dice: Mapping[str, Any]) -> li
     rows.append(["n missing", *(str(cell["n_missing"]) for *_, cell in cells)])
     parts = ["## Segmentation", _table(["", *(f"{name} {phase}" for phase, name, _ in cells)], rows)]
     if mean_dice["cells"]:
-        parts.append(
-            f"Mean of the {mean_dice['cells']} Dice means at ED and ES: {_number(mean_dice['mean'], 3)}."
-        )
+        parts.append(f"Mean of the {mean_dice['cells']} Dice means at ED and ES: {_number(mean_dice['mean'], 3)}.")
     if missing:
         parts.append("Missing: only one of the two has the structure. Dice 0, and not part of the mean HD.")
     return parts
@@ -127,8 +125,7 @@ def _detection(detection: Mapping[str, Any]) -> list[str]:
         ("failure voxels outside the detector's crop (%)", "failure_voxels_outside", 100, 1),
     ]
     rows += [
-        [label, *(_number(point[key], digits, scale) for point in points)]
-        for label, key, scale, digits in at_threshold
+        [label, *(_number(point[key], digits, scale) for point in points)] for label, key, scale, digits in at_threshold
     ]
     thresholds = ", ".join(f"{threshold:.3g}" for threshold in detection["thresholds"])
     return [
@@ -158,10 +155,7 @@ def _coverage(maps: Mapping[str, Any]) -> list[str]:
 def _scans(scores: Mapping[str, Any]) -> list[str]:
     rows = [
         [NAMES.get(name, name)]
-        + [
-            _number(entry[key], digits)
-            for key, digits in (("aurc", 4), ("oracle", 4), ("random", 4), ("pearson", 3))
-        ]
+        + [_number(entry[key], digits) for key, digits in (("aurc", 4), ("oracle", 4), ("random", 4), ("pearson", 3))]
         + [f"{entry['n']}"]
         for name, entry in scores.items()
     ]
@@ -196,8 +190,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-        for line in lines
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
     )
 
 
@@ -244,9 +237,7 @@ def draw_coverage(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(4 * len(phases), 3.6), dpi=150, layout="constrained")
     for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
         for name, style in (("emap", "k-"), ("bmap", "k--")):
-            points = [
-                (100 * r["coverage"], r["risk"]) for r in rows if (r["map"], r["phase"]) == (name, phase)
-            ]
+            points = [(100 * r["coverage"], r["risk"]) for r in rows if (r["map"], r["phase"]) == (name, phase)]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=NAMES[name])
                 errors = points[-1][1]

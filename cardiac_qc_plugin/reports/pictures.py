@@ -6,7 +6,7 @@ ACDC's files, and files of converters that mirror the rows, give the usual short
 the left, anterior wall above, diaphragm below.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,17 @@ from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.workflows.files import _write as write_file
 from cardiac_qc_plugin.workflows.files import read_json, read_volume
 
-__all__ = [
-    "CONTOURS",
-    "FLAG_COLOR",
-    "MAPS",
-    "MAP_COLORS",
-    "MAP_TOP",
-    "picture_path",
-    "regions_by_slice",
-    "write_pictures",
-]
+__all__ = ["CONTOURS", "FLAG_COLOR", "MAP_COLORS", "MAP_NAMES", "MAP_TOP", "regions_by_slice", "write_pictures"]
 
 # Color and dashes (points on, off) of each class's contour; the colors stay apart for the color-blind
 CONTOURS = {"RV": ("#56B4E9", (4, 1.5)), "LVM": ("#F0E442", ()), "LV": ("#00D9A3", (1.2, 1.2))}
 FLAG_COLOR = "#FF5A36"
-MAPS = {"bmap": ("b-map", "bayesian.nii.gz"), "emap": ("e-map", "entropy.nii.gz")}
+MAP_NAMES = {"bmap": "b-map", "emap": "e-map"}
 MAP_COLORS = "viridis"
 MAP_TOP = 0.5  # both maps reach it where two of the four classes are equally likely
 GRAYS = colormaps["gray"].resampled(64)  # a third off the file, and no difference to be seen
@@ -46,87 +38,81 @@ PANEL_WIDTH, GAP, DPI = 380, 6, 100  # pixels, pixels, pixels per inch
 
 
 def regions_by_slice(qc: Mapping[str, Any]) -> dict[int, list[Mapping[str, Any]]]:
-    """The flagged regions of a ``qc.json`` by slice (from 0, ascending).
-
-    Raises:
-        ValueError: if the detection has not run on the case.
-    """
-    if "detection" not in qc:
-        raise ValueError(f"Case {qc['case']}: its qc.json has no detection. Run the detection first.")
+    """The flagged regions of a ``qc.json`` by slice (from 0, ascending)."""
     slices: dict[int, list[Mapping[str, Any]]] = {}
     for region in sorted(qc["detection"]["regions"], key=lambda region: region["slice"]):
         slices.setdefault(region["slice"], []).append(region)
     return slices
 
 
-def picture_path(folder: Path, index: int) -> Path:
-    """Where the picture of slice ``index`` (from 0) lies; its name counts from 1, as the report does."""
-    return folder / "review" / f"slice{index + 1:02d}.png"
-
-
 def write_pictures(folder: Path) -> list[Path]:
     """Draw each slice with a flagged region to ``<folder>/review/slice07.png`` (slices counted from 1).
 
-    Pictures of other slices, left by an earlier run, are removed.
+    Pictures that are all younger than ``qc.json`` are left as they are; those of other slices, from an earlier run,
+    are removed.
 
     Args:
-        folder: a case folder with ``qc.json``, the segmentation and the map that the detection used. The
-            image is read from where ``qc.json`` says that the input lies.
+        folder: a case folder with ``qc.json``, the segmentation and the map that the detection used. The image is
+            read from where ``qc.json`` says that the input lies.
 
     Returns:
         The pictures, by slice.
 
     Raises:
-        ValueError: if a file is missing or damaged, the files differ in shape, or the detection has not run.
+        ValueError: if a file is missing or damaged, or the files differ in shape.
     """
-    qc = read_json(folder / "qc.json")
+    record = folder / "qc.json"
+    qc = read_json(record)
     slices = regions_by_slice(qc)
-    pictures = [picture_path(folder, index) for index in slices]
-    for stale in set((folder / "review").glob("slice*.png")).difference(pictures):
+    pictures = {index: folder / "review" / f"slice{index + 1:02d}.png" for index in slices}
+    for stale in set((folder / "review").glob("slice*.png")).difference(pictures.values()):
         stale.unlink()
-    if not slices:
-        return []
+    made = record.stat().st_mtime_ns
+    if not all(path.is_file() and path.stat().st_mtime_ns > made for path in pictures.values()):
+        for index, figure in _draw_slices(folder, qc, slices):
+            write_file(pictures[index], FigureCanvasAgg(figure).print_png)
+    return list(pictures.values())
 
+
+def _draw_slices(
+    folder: Path, qc: Mapping[str, Any], slices: Mapping[int, list[Mapping[str, Any]]]
+) -> Iterator[tuple[int, Figure]]:
+    """Figures of the flagged slices, with their indices."""
     detection = qc["detection"]
-    map_name, map_file = MAPS[detection["map"]]
     scan = read_volume(qc["input"]["path"], qc["input"]["frame"])
-    labels, uncertainty = (_read_like(folder / name, scan.data) for name in ("segmentation.nii.gz", map_file))
+    labels = _read_like(folder / "segmentation.nii.gz", scan.data)
+    uncertainty = _read_like(folder / MAP_FILES[detection["map"]], scan.data)
     dark, bright = np.percentile(scan.data, (1, 99))
     gray = {"cmap": GRAYS, "vmin": dark, "vmax": bright, "interpolation": "bicubic"}
     viridis = {"cmap": MAP_COLORS, "vmin": 0, "vmax": MAP_TOP, "interpolation": "nearest"}
     mirrored = [code in ("R", "A", "S") for code in nib.aff2axcodes(scan.image.affine)[:2]]
-    for (index, regions), path in zip(slices.items(), pictures, strict=True):
+    for index, regions in slices.items():
         figure = Figure(facecolor=BACKGROUND, dpi=DPI)
         view = _view(detection["boxes"][index], detection["region_size"], labels.shape)
         left, right = _panels(figure, view, scan.spacing, mirrored)
-        for panel, volume, shades in ((left, scan.data, gray), (right, uncertainty, viridis)):
-            panel.imshow(volume[..., index].T, aspect="auto", **shades)
+        left.imshow(scan.data[..., index].T, aspect="auto", **gray)
+        right.imshow(uncertainty[..., index].T, aspect="auto", **viridis)
         _draw_contours(left, labels[..., index])
-        for panel, title in ((left, f"slice {index + 1} of {labels.shape[2]}"), (right, map_name)):
+        titles = f"slice {index + 1} of {labels.shape[2]}", MAP_NAMES[detection["map"]]
+        for panel, title in zip((left, right), titles, strict=True):
             _draw_regions(panel, regions, detection["threshold"])
             _draw_title(panel, title)
-        write_file(path, FigureCanvasAgg(figure).print_png)
-    return pictures
+        yield index, figure
 
 
 def _read_like(path: Path, scan: np.ndarray) -> np.ndarray:
     array = read_volume(path).data
     if array.shape != scan.shape:
-        raise ValueError(
-            f"{path}: its shape is {array.shape}, that of the scan {scan.shape}. Run the case again."
-        )
+        raise ValueError(f"{path}: its shape is {array.shape}, that of the scan {scan.shape}. Run the case again.")
     return array
 
 
 def _view(box: Sequence[int], margin: int, shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Rows and columns to show: the detector's box with a margin, inside the image (stops excluded)."""
     row0, row1, col0, col1 = box
-    return (
-        max(row0 - margin, 0),
-        min(row1 + margin, shape[0]),
-        max(col0 - margin, 0),
-        min(col1 + margin, shape[1]),
-    )
+    rows = max(row0 - margin, 0), min(row1 + margin, shape[0])
+    cols = max(col0 - margin, 0), min(col1 + margin, shape[1])
+    return *rows, *cols
 
 
 def _panels(
@@ -161,9 +147,7 @@ def _draw_contours(panel: Axes, labels: np.ndarray) -> None:
 def _draw_regions(panel: Axes, regions: Sequence[Mapping[str, Any]], threshold: float) -> None:
     """Frame the flagged cells, each within its pixels: the more probable a failure, the wider the line."""
     cells = [
-        Rectangle(
-            (r["row0"] - 0.2, r["col0"] - 0.2), r["row1"] - r["row0"] - 0.6, r["col1"] - r["col0"] - 0.6
-        )
+        Rectangle((r["row0"] - 0.2, r["col0"] - 0.2), r["row1"] - r["row0"] - 0.6, r["col1"] - r["col0"] - 0.6)
         for r in regions
     ]
     widths = [1.2 + 1.6 * (r["probability"] - threshold) / max(1 - threshold, 1e-6) for r in regions]
@@ -172,6 +156,4 @@ def _draw_regions(panel: Axes, regions: Sequence[Mapping[str, Any]], threshold: 
 
 def _draw_title(panel: Axes, title: str) -> None:
     shade = {"facecolor": BACKGROUND, "edgecolor": "none", "alpha": 0.65, "pad": 3}
-    panel.text(
-        0.015, 0.98, title, transform=panel.transAxes, color="white", fontsize=10, va="top", bbox=shade
-    )
+    panel.text(0.015, 0.98, title, transform=panel.transAxes, color="white", fontsize=10, va="top", bbox=shade)

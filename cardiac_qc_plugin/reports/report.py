@@ -1,6 +1,5 @@
 """The cohort's report: one HTML page next to the case folders, without scripts, needing no network."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -14,32 +13,29 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.reports import pictures
 from cardiac_qc_plugin.workflows.files import write_text
+
+from .pictures import CONTOURS, FLAG_COLOR, MAP_COLORS, MAP_NAMES, MAP_TOP, regions_by_slice, write_pictures
 
 __all__ = ["write_report"]
 
-QC = Mapping[str, Any]
 
-
-def write_report(
-    output: Path, rows: Sequence[tuple[Path, QC]], failures: Sequence[tuple[str, str]] = ()
-) -> Path:
+def write_report(output: Path, cases: Sequence[Mapping[str, Any]], failures: Sequence[tuple[str, str]] = ()) -> Path:
     """Write ``<output>/report.html``: worklist (most urgent first), flagged slices of each case, settings.
 
-    The page shows the pictures that :func:`~cardiac_qc_plugin.reports.pictures.write_pictures` has drawn. Its
-    links are relative: the folder can be moved or sent as a whole. It counts slices from 1.
+    Draws each case's pictures first, see :func:`~cardiac_qc_plugin.reports.pictures.write_pictures`. Links are
+    relative: the folder can be moved or sent as a whole. The page counts slices from 1.
 
     Args:
-        output: the cohort's folder.
-        rows: case folder and content of its ``qc.json``, for each case.
+        output: the cohort's folder, in which each case has a folder of its name.
+        cases: content of ``qc.json`` of each case.
         failures: case and reason, for each case that could not be processed.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: if the detection has not run on a case, or a picture is missing.
+        ValueError: if a case's files cannot be drawn; the message names the file.
     """
     environment = Environment(
         loader=PackageLoader("cardiac_qc_plugin", "reports"),
@@ -48,63 +44,52 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    # an undefined urgency comes first: it must not look harmless
-    ordered = sorted(rows, key=lambda row: (-_or_infinite(row[1]["scores"]["urgency"]), row[1]["case"]))
+    environment.filters["number"] = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
+    ordered = sorted(cases, key=lambda qc: -qc["scores"]["urgency"])
     page = environment.get_template("report.html").render(
-        cases=[_case(output, folder, qc) for folder, qc in ordered],
+        cases=[_with_slices(output, qc) for qc in ordered],
         failures=failures,
-        settings=Counter(_settings(qc) for _, qc in ordered).most_common(),
+        settings=Counter(_settings(qc) for qc in ordered).most_common(),
         classes=list(CLASS_NAMES.values()),
-        contours=pictures.CONTOURS,
-        flag_color=pictures.FLAG_COLOR,
-        map_colors=[to_hex(color) for color in colormaps[pictures.MAP_COLORS](np.linspace(0, 1, 9))],
-        map_top=pictures.MAP_TOP,
+        contours=CONTOURS,
+        flag_color=FLAG_COLOR,
+        map_colors=[to_hex(color) for color in colormaps[MAP_COLORS](np.linspace(0, 1, 9))],
+        map_top=MAP_TOP,
+        csv=(output / "worklist.csv").is_file(),
         today=date.today().isoformat(),
     )
     write_text(output / "report.html", page)
     return output / "report.html"
 
 
-def _or_infinite(urgency: float | None) -> float:
-    return float("inf") if urgency is None else urgency
+def _with_slices(output: Path, qc: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a case: its ``qc.json``, and its flagged slices with their pictures."""
+    flagged, pictures = regions_by_slice(qc), write_pictures(output / qc["case"])
+    slices = [
+        {
+            "number": index + 1,
+            "regions": len(regions),
+            "probability": max(region["probability"] for region in regions),
+            "link": quote(path.relative_to(output).as_posix()),
+        }
+        for (index, regions), path in zip(flagged.items(), pictures, strict=True)
+    ]
+    return {"qc": qc, "slices": slices}
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _case(output: Path, folder: Path, qc: QC) -> dict[str, Any]:
-    """What the page shows of a case besides its ``qc.json``: flagged slices, their pictures."""
-    slices = []
-    for index, regions in pictures.regions_by_slice(qc).items():
-        path = pictures.picture_path(folder, index)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such picture. Run write_pictures on {folder} before the report.")
-        slices.append(
-            {
-                "number": index + 1,
-                "regions": len(regions),
-                "probability": max(region["probability"] for region in regions),
-                "link": quote(Path(os.path.relpath(path, output)).as_posix()),
-            }
-        )
-    return {"qc": qc, "slices": slices, "n_regions": sum(item["regions"] for item in slices)}
-
-
-def _settings(qc: QC) -> tuple[tuple[str, str], ...]:
+def _settings(qc: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """What a case was made with; cases of one run share it."""
     segmentation, detection = qc["segmentation"], qc["detection"]
-
-    def bundle(stage: QC) -> str:
-        return f"{stage['bundle']} {stage['bundle_version']} (weights {stage['weights_sha256'][:12]})"
-
     return (
-        ("Segmentation", bundle(segmentation)),
-        ("Failure detection", bundle(detection)),
-        ("Uncertainty map", pictures.MAPS[detection["map"]][0]),
+        ("Segmentation", _bundle(segmentation)),
+        ("Failure detection", _bundle(detection)),
+        ("Uncertainty map", MAP_NAMES[detection["map"]]),
         ("Monte Carlo samples", f"{segmentation['samples']} (seed {segmentation['seed']})"),
         ("Region", f"{detection['region_size']} × {detection['region_size']} pixels"),
         ("Flagged from probability", f"{detection['threshold']:g}"),
         ("Software", ", ".join(f"{name} {version}" for name, version in qc["versions"].items())),
     )
+
+
+def _bundle(stage: Mapping[str, Any]) -> str:
+    return f"{stage['bundle']} {stage['bundle_version']} (weights {stage['weights_sha256'][:12]})"

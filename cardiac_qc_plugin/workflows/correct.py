@@ -64,6 +64,8 @@ def correct(
     output.mkdir(parents=True, exist_ok=True)
 
     def correct_case(case: str, folder: Path) -> dict[str, Any]:
+        for name in (SEGMENTATION, "correction.json"):
+            (output / case / name).unlink(missing_ok=True)  # of an earlier correction
         segmentation = read_labels(folder / SEGMENTATION)
         labels, notes, sources = method(case, folder, segmentation)
         changed = labels != segmentation.data
@@ -78,7 +80,6 @@ def correct(
             },
             "versions": {"cardiac_qc_plugin": __version__},
         }
-        (output / case / "correction.json").unlink(missing_ok=True)  # it says that the segmentation is complete
         write_like(output / case / SEGMENTATION, labels, segmentation)
         write_json(output / case / "correction.json", record)
         return record

@@ -22,13 +22,13 @@ from .files import Volume, file_sha256, read_json, read_volume, write_json, writ
 
 __all__ = ["CaseFailures", "run"]
 
-# entry of a bundle's result: file, and type of its voxels
-SEGMENT_FILES = {
+MapFiles = dict[str, tuple[str, type]]  # entry of a bundle's result: file, and type of its voxels
+SEGMENT_FILES: MapFiles = {
     "pred": ("segmentation.nii.gz", np.uint8),
     "emap": (MAP_FILES["emap"], np.float32),
     "bmap": (MAP_FILES["bmap"], np.float32),
 }
-DETECT_FILES = {
+DETECT_FILES: MapFiles = {
     "pred": ("failure_probability.nii.gz", np.float32),
     "regions": ("failure_regions.nii.gz", np.uint16),
 }
@@ -52,7 +52,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def write_maps(data: dict[str, Any], files: dict[str, tuple[str, type]], folder: Path, volume: Volume) -> None:
+def write_maps(data: dict[str, Any], files: MapFiles, folder: Path, volume: Volume) -> None:
     """Write entries ``(1, H, W, D)`` of a bundle's result under their file names."""
     for key, (name, dtype) in files.items():
         write_like(folder / name, np.asarray(data[key])[0].astype(dtype), volume)
@@ -100,10 +100,48 @@ def scores(segmentation: dict[str, Any], detection: dict[str, Any]) -> dict[str,
     return {**result, "urgency": result.get("sample_disagreement", result["region_failure"])}
 
 
-def is_done(qc: dict[str, Any], stage: str, expected: str, folder: Path, files: dict[str, tuple[str, type]]) -> bool:
-    """Whether a stage's files are there, made from the same input with the same settings."""
-    same = qc.get("stages", {}).get(stage, {}).get("digest") == expected
-    return same and all((folder / name).is_file() for name, _ in files.values())
+class CaseRecord:
+    """The ``qc.json`` of a case: what its files were made from.
+
+    A stage's entry is removed from the file before the stage starts and put back when its files are complete, so an
+    interrupted stage never counts as done.
+
+    Args:
+        folder: the case's folder.
+        basics: entries that do not come from a stage.
+    """
+
+    def __init__(self, folder: Path, basics: dict[str, Any]) -> None:
+        self.folder = folder
+        self.path = folder / "qc.json"
+        self.qc: dict[str, Any] = {"stages": {}}
+        if self.path.is_file():
+            self.qc |= read_json(self.path)
+        self.qc |= basics
+
+    def stage(
+        self, name: str, digest: str, files: MapFiles, bundle: BundlePredictor, work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The stage's entry, from the file where the stage was done with the same digest, else from ``work``."""
+        present = all((self.folder / file).is_file() for file, _ in files.values())
+        if present and self.qc["stages"].get(name, {}).get("digest") == digest:
+            return self.qc[name]
+        self.qc["stages"].pop(name, None)
+        if self.path.is_file():
+            write_json(self.path, self.qc)
+        start = time.perf_counter()
+        made_by = {"bundle": bundle.name, "bundle_version": bundle.version, "weights_sha256": bundle.weights_sha256}
+        self.qc[name] = {**made_by, **work()}
+        self.qc["stages"][name] = {"digest": digest, "seconds": round(time.perf_counter() - start, 3)}
+        write_json(self.path, self.qc)
+        return self.qc[name]
+
+    def complete(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """Add what follows from the stages, and write."""
+        if any(self.qc.get(key) != value for key, value in entries.items()):
+            self.qc |= entries
+            write_json(self.path, self.qc)
+        return self.qc
 
 
 def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: BundlePredictor) -> dict[str, Any]:
@@ -111,49 +149,27 @@ def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: Bun
     folder = output / scan.case
     volume = read_volume(scan.path, scan.frame)
     image = scan.path if scan.frame is None else folder / "image.nii.gz"
-    record = folder / "qc.json"
-    qc: dict[str, Any] = read_json(record) if record.is_file() else {}
-    sha256 = file_sha256(scan.path)
-    qc["case"] = scan.case
-    qc["input"] = {
+    source = {
         "path": str(scan.path),
         "frame": scan.frame,
-        "sha256": sha256,
+        "sha256": file_sha256(scan.path),
         "shape": list(volume.data.shape),
         "spacing_mm": list(volume.spacing),
     }
-    segment_digest = digest(__version__, sha256, scan.frame, segmenter.digest)
-    stages: list[tuple[str, str, str, dict[str, tuple[str, type]], BundlePredictor, Callable[[], dict[str, Any]]]] = [
-        ("segment", "segmentation", segment_digest, SEGMENT_FILES, segmenter,
-         lambda: segment(scan, folder, image, volume, segmenter)),
-        ("detect", "detection", digest(segment_digest, detector.digest), DETECT_FILES, detector,
-         lambda: detect(folder, image, volume, detector)),
-    ]  # fmt: skip
-    done = True
-    for stage, section, expected, files, bundle, work in stages:
-        if is_done(qc, stage, expected, folder, files):
-            continue
-        done = False
-        start = time.perf_counter()
-        provenance = {
-            "bundle": bundle.name,
-            "bundle_version": bundle.version,
-            "weights_sha256": bundle.weights_sha256,
-        }
-        qc[section] = {**provenance, **work()}
-        qc.setdefault("stages", {})[stage] = {
-            "digest": expected,
-            "seconds": round(time.perf_counter() - start, 3),
-        }
-    if not done:
-        qc["scores"] = scores(qc["segmentation"], qc["detection"])
-        qc["versions"] = {
-            "cardiac_qc_plugin": __version__,
-            "monai": version("monai"),
-            "torch": version("torch"),
-        }
-        write_json(record, qc)
-    return qc
+    record = CaseRecord(folder, {"case": scan.case, "input": source})
+    first = digest(__version__, source["sha256"], scan.frame, segmenter.digest)
+    segmentation = record.stage(
+        "segmentation", first, SEGMENT_FILES, segmenter, lambda: segment(scan, folder, image, volume, segmenter)
+    )
+    detection = record.stage(
+        "detection",
+        digest(first, detector.digest),
+        DETECT_FILES,
+        detector,
+        lambda: detect(folder, image, volume, detector),
+    )
+    versions = {"cardiac_qc_plugin": __version__, "monai": version("monai"), "torch": version("torch")}
+    return record.complete({"scores": scores(segmentation, detection), "versions": versions})
 
 
 def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -225,8 +241,12 @@ def run(
             segmenter.inferer.progress = advance
             try:
                 cases.append(run_case(scan, output, segmenter, detector))
-            except (ValueError, RuntimeError) as error:
+            except OSError:
+                raise
+            except ValueError as error:
                 failures.append((scan.case, str(error)))
+            except Exception as error:  # a case that breaks in an unforeseen way must not stop the cohort
+                failures.append((scan.case, f"{type(error).__name__}: {error}"))
             advance(1.0)
     write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
     write_report(output, cases, failures)

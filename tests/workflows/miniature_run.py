@@ -12,7 +12,7 @@ BOXES = [[8, 88, 8, 88], [8, 88, 0, 80], [0, 80, 16, 96], [24, 104, -8, 72]]
 
 
 def heart(scale):
-    """LV (3), LVM (2) and RV (1) in the first three slices, smaller toward the apex; the last slice is empty."""
+    """LV (3), LVM (2), RV (1) in the first three slices, smaller toward the apex; the last is empty."""
     labels = np.zeros(SHAPE, np.uint8)
     rows, cols = np.indices(SHAPE[:2])
     for z in range(3):
@@ -78,12 +78,17 @@ def write_case(folder, prediction, reference, seed, threshold=0.5):
         values = (1 - noise) * wrong + noise * rng.random(SHAPE)
         save(folder / f"{name}.nii.gz", values.round(2).astype(np.float32))  # rounded: ties
     detection = {"map": "bmap", "threshold": threshold, "region_size": REGION, "boxes": BOXES}
-    scores = {"sample_disagreement": float(wrong.mean()), "region_failure": None if seed == 0 else 1.0 * seed}
+    scores = {"sample_disagreement": float(wrong.mean()), "region_failure": float(seed)}
+    if seed == 0:
+        scores["region_failure"] = None  # undefined
     (folder / "qc.json").write_text(json.dumps({"detection": detection, "scores": scores}))
 
 
 def write_patients(root, n_patients):
-    """``run``: predictions. ``acdc``: references, ED frame 1 and ES frame 5. Returns (prediction, reference) by case."""
+    """Predictions in ``run``, references in ``acdc``: ED is frame 1, ES frame 5.
+
+    Returns (prediction, reference) by case.
+    """
     cases = {}
     for number in range(n_patients):
         patient = f"patient{number + 1:03d}"

@@ -209,7 +209,7 @@ BROKEN = {
     "empty": "no label at all",
     "missing": "no label file for .*_gt.nii.gz, .*_seg.nii.gz, .*/segmentation.nii.gz",
     "the scan only": r"the label map has the values \[50, 100, 150\]",
-    "ambiguous": "2 label files for .*_seg.nii.gz, .*_gt.nii.gz",
+    "ambiguous": "2 label files for .*_gt.nii.gz, .*_seg.nii.gz",
     "truncated": "damaged",
     "no image": "not a NIfTI image",
 }
@@ -235,8 +235,10 @@ def test_a_broken_reference_has_its_message_and_stops_no_other_case(run, kind):
 def test_a_case_without_usable_regions_is_reported(run):
     root, _ = run
     path = root / "run" / CASE / "failure_regions.nii.gz"
+    correct(root / "run", root / "out", reference=root / "acdc")
     path.unlink()
     outcome = correct(root / "run", root / "out", reference=root / "acdc")
+    assert not list((root / "out" / CASE).iterdir())  # nothing of the earlier run
     assert outcome.failures == {CASE: f"{path}: no such file."}
     save(path, np.zeros((*SHAPE[:2], 5), np.uint16))
     outcome = correct(root / "run", root / "out", reference=root / "acdc")

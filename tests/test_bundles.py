@@ -1,0 +1,188 @@
+"""The bundles as a MONAI user starts them: configs agree, networks fit the metadata, training runs and resumes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+from cardiac_qc_plugin.checkpoints import load_weights, save_weights
+from cardiac_qc_plugin.data.acdc import acdc_datalist
+from cardiac_qc_plugin.data.phantom import write_acdc_like
+from cardiac_qc_plugin.workflows.files import read_volume, write_json, write_like
+
+ROOT = Path(__file__).parent.parent
+SEGMENTATION = [f"cardiac_{name}_segmentation" for name in ("dn", "drn", "unet")]
+BUNDLES = [*SEGMENTATION, "cardiac_segmentation_failure"]
+
+
+def config(bundle, name):
+    return json.loads((ROOT / "bundles" / bundle / "configs" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def acdc_like(tmp_path_factory):
+    """Phantoms in ACDC's layout with a two-fold datalist, and predictions with errors beside them."""
+    root = tmp_path_factory.mktemp("acdc")
+    write_acdc_like(root / "data", 10)
+    datalist = acdc_datalist(root / "data", folds=2)
+    write_json(root / "folds.json", datalist)
+    for item in datalist["training"]:
+        label = read_volume(root / "data" / item["label"])
+        folder = root / "predictions" / Path(item["image"]).name.removesuffix(".nii.gz")
+        shifted = np.roll(label.data.astype(np.uint8), 5, axis=0)
+        write_like(folder / "segmentation.nii.gz", shifted, label)
+        for name in ("bayesian", "entropy"):
+            write_like(folder / f"{name}.nii.gz", (shifted != label.data).astype(np.float32), label)
+    return root
+
+
+def train(bundle, acdc_like, ckpt_dir, **overrides):
+    """Run a bundle's training in this process; two iterations unless overridden."""
+    settings = {
+        "bundle_root": str(ROOT / "bundles" / bundle),
+        "dataset_dir": str(acdc_like / "data"),
+        "data_list_file_path": str(acdc_like / "folds.json"),
+        "ckpt_dir": str(ckpt_dir),
+        "iterations": 2,
+        "epoch_length": 1,
+        "batch_size": 2,
+        **overrides,
+    }
+    workflow = ConfigWorkflow(
+        config_file=str(ROOT / "bundles" / bundle / "configs" / "train.json"), workflow_type="train", **settings
+    )
+    workflow.initialize()
+    missing = workflow.check_properties()
+    workflow.run()
+    workflow.finalize()
+    return workflow, missing
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_metadata_follows_the_schema(bundle):
+    schema = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
+    if not schema.is_file():
+        pytest.skip("the model zoo's metadata schema is not at hand")
+    metadata = config(bundle, "metadata")
+    jsonschema.validate(metadata, json.loads(schema.read_text()))
+    assert metadata["version"] in metadata["changelog"]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_network_fits_the_metadata(bundle):
+    configs = ROOT / "bundles" / bundle / "configs"
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(configs / "metadata.json"),
+        config_file=str(configs / "inference.json"),
+        device="cpu",
+        n=8,
+        bundle_root=str(configs.parent),
+    )
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_training_and_inference_agree(bundle):
+    training, inference = config(bundle, "train"), config(bundle, "inference")
+    shared = {"network_def", "network", "spacing", "region_size", "min_size", "see_segmentation"} & set(training)
+    assert {key: training[key] for key in shared} == {key: inference[key] for key in shared}
+
+    def steps(section):
+        named = {}
+        for step in section["transforms"]:
+            named[step["_target_"]] = {k: v for k, v in step.items() if k not in ("keys", "mode")}
+        return named
+
+    trained, inferred = steps(training["train"]["preprocessing"]), steps(inference["preprocessing"])
+    assert {name: trained[name] for name in inferred} == inferred
+
+
+def test_segmentation_bundles_differ_in_network_and_regime_only():
+    own = {"network_def", "patch_size", "loss"}
+    for name in ("train", "inference"):
+        first, *others = ({k: v for k, v in config(bundle, name).items() if k not in own} for bundle in SEGMENTATION)
+        assert all(other == first for other in others)
+    folds = {(ROOT / "bundles" / bundle / "configs" / "acdc_folds.json").read_text() for bundle in BUNDLES}
+    assert len(folds) == 1
+
+
+@pytest.mark.parametrize(
+    ("bundle", "overrides"),
+    [
+        ("cardiac_dn_segmentation", {"loss": "brier", "patch_size": 32}),
+        ("cardiac_drn_segmentation", {"loss": "ce", "patch_size": 32}),
+        ("cardiac_unet_segmentation", {"loss": "soft_dice", "patch_size": 32}),
+    ],
+)
+def test_segmentation_trains(bundle, overrides, acdc_like, tmp_path):
+    workflow, missing = train(bundle, acdc_like, tmp_path, val_interval=2, **overrides)
+    assert missing == []
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    assert trainer.state.iteration == 2
+    assert 0 <= workflow.parser.get_parsed_content("validate#evaluator").state.metrics["val_mean_dice"] <= 1
+    fresh = workflow.parser.get_parsed_content("network_def")
+    load_weights(fresh, tmp_path / "model.pt")
+    assert not (tmp_path / "resume").exists()
+
+
+def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_path):
+    predictions = str(acdc_like / "predictions")
+    overrides = {"predictions_dir": predictions, "patch_size": 40, "min_size": 40}
+    workflow, missing = train("cardiac_segmentation_failure", acdc_like, tmp_path, **overrides)
+    assert missing == []
+    point = json.loads((tmp_path / "model_operating_point.json").read_text())
+    assert 0 <= point["threshold"] <= 1
+    # 10 patients, 5 of them in the training fold, one of these held out, two phases
+    assert point["n_volumes"] == 2
+    assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 2
+
+
+def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)
+    overrides = {"patch_size": 32, "val_interval": 100}
+    train("cardiac_dn_segmentation", acdc_like, tmp_path, iterations=2, **overrides)
+    workflow, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path, iterations=3, **overrides)
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    steps = workflow.parser.get_parsed_content("optimizer").state_dict()["state"][0]["step"]
+    assert trainer.state.iteration == 3 and int(steps) == 3
+    assert len(workflow.parser.get_parsed_content("resume_files")) == 1
+
+
+def test_command_line_runs_inference(acdc_like, tmp_path):
+    """`python -m monai.bundle run evaluating` from another folder writes the three volumes of each scan."""
+    bundle = ROOT / "bundles" / "cardiac_dn_segmentation"
+    network = ConfigWorkflow(
+        config_file=str(bundle / "configs" / "inference.json"), workflow_type="infer", bundle_root=str(bundle)
+    ).parser.get_parsed_content("network_def")
+    save_weights(network, tmp_path / "model.pt")
+    command = [sys.executable, "-m", "monai.bundle", "run", "evaluating"]
+    options = {
+        "config_file": bundle / "configs" / "inference.json",
+        "bundle_root": bundle,
+        "dataset_dir": acdc_like / "data" / "patient001",
+        "output_dir": tmp_path / "out",
+        "ckpt_path": tmp_path / "model.pt",
+        "samples": 2,
+    }
+    command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=300)
+    names = sorted(path.name for path in (tmp_path / "out").rglob("*.nii.gz"))
+    kinds = ("bayesian", "entropy", "segmentation")
+    assert names == [f"patient001_frame{frame}_{kind}.nii.gz" for frame in ("01", "11") for kind in kinds]
+    written = read_volume(next((tmp_path / "out").rglob("*frame01_segmentation.nii.gz")))
+    original = read_volume(acdc_like / "data" / "patient001" / "patient001_frame01.nii.gz")
+    assert written.data.shape == original.data.shape
+    np.testing.assert_allclose(written.spacing, original.spacing, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", sorted((ROOT / "bundles").glob("*/models/*.pt")), ids=lambda path: path.name)
+def test_shipped_weights_are_plain_half_precision(weights):
+    state = torch.load(weights, weights_only=True)
+    assert all(value.dtype in (torch.float16, torch.int64) for value in state.values())
+    assert all(bool(torch.isfinite(value.float()).all()) for value in state.values())
