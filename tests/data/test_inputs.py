@@ -1,0 +1,80 @@
+"""What the pipeline takes for a scan, and under which name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cardiac_qc_plugin.data.inputs import find_scans
+from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
+from cardiac_qc_plugin.data.predictions import hold_out, with_predictions
+
+TINY = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
+
+
+def test_acdc_folder_gives_frames_without_references(tmp_path):
+    write_acdc_like(tmp_path, 2, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0), n_frames=3, with_cine=True)
+    names = [f"patient{number:03d}_frame{frame:02d}" for number in (1, 2) for frame in (1, 2)]
+    assert [scan.case for scan in find_scans(tmp_path)] == names
+
+
+def test_cine_alone_gives_phases(tmp_path):
+    write_acdc_like(tmp_path, 1, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0), n_frames=3, with_cine=True)
+    scans = find_scans(tmp_path / "patient001" / "patient001_4d.nii.gz")
+    assert [(scan.case, scan.frame) for scan in scans] == [(f"patient001_4d/phase{i:02d}", i) for i in range(3)]
+
+
+def test_same_names_in_two_folders_are_told_apart(tmp_path):
+    for folder in ("one", "two"):
+        write_phantom(tmp_path / folder, "heart", TINY, phases={"ed": 0.0}, with_labels=False)
+    assert [scan.case for scan in find_scans(tmp_path)] == ["one_heart_ed", "two_heart_ed"]
+
+
+def test_names_that_cannot_be_told_apart(tmp_path):
+    for folder in ("a/same", "b/same"):
+        write_phantom(tmp_path / folder, "heart", TINY, phases={"ed": 0.0}, with_labels=False)
+    with pytest.raises(ValueError, match="same_heart_ed"):
+        find_scans(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="no NIfTI file"):
+        find_scans(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        find_scans(tmp_path / "missing.nii.gz")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"training": [{"label": "x"}]}'])
+def test_not_a_datalist(tmp_path, content):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(ValueError, match="not a MONAI datalist"):
+        find_scans(tmp_path / "list.json")
+
+
+def test_datalist_is_relative_to_its_folder(tmp_path):
+    write_phantom(tmp_path / "sub", "heart", TINY, phases={"ed": 0.0}, with_labels=False)
+    items = {"description": "text is no list", "testing": [{"image": "sub/heart_ed.nii.gz"}]}
+    (tmp_path / "list.json").write_text(json.dumps(items))
+    (scan,) = find_scans(tmp_path / "list.json")
+    assert scan.path == (tmp_path / "sub" / "heart_ed.nii.gz").resolve()
+
+
+def test_hold_out_keeps_patients_together_and_groups_balanced():
+    rng = np.random.default_rng(0)
+    items = [
+        {"image": f"{p}_{phase}", "meta": {"patient": f"p{p:02d}", "group": "ABCDE"[p // 15]}}
+        for p in range(75)
+        for phase in ("ED", "ES")
+    ]
+    rng.shuffle(items)
+    training, validation = hold_out(items)
+    assert len(training) == 120 and len(validation) == 30
+    assert not {i["meta"]["patient"] for i in training} & {i["meta"]["patient"] for i in validation}
+    assert sorted(i["meta"]["group"] for i in validation) == sorted("ABCDE" * 6)
+
+
+def test_predictions_that_are_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"case1.*segmentation\.nii\.gz is missing"):
+        with_predictions([{"image": "x/case1.nii.gz"}], tmp_path, "bmap")
+    with pytest.raises(ValueError, match="Unknown uncertainty map 'std'"):
+        with_predictions([], tmp_path, "std")

@@ -1,0 +1,311 @@
+"""The run command on phantoms, with small untrained networks: its files, its memory, and what it says of bad input."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.checkpoints import save_weights
+from cardiac_qc_plugin.data.inputs import find_scans
+from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
+from cardiac_qc_plugin.networks import DilatedCNN, DilatedResNet22, FailureResNet
+from cardiac_qc_plugin.workflows import files
+from cardiac_qc_plugin.workflows.run import CaseFailures, run
+
+ROOT = Path(__file__).parents[2]
+FILES = ("segmentation", "entropy", "bayesian", "failure_probability", "failure_regions")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Copies of the DN and the failure bundle with untrained weights."""
+    root = tmp_path_factory.mktemp("bundles")
+    torch.manual_seed(0)
+    networks = {"cardiac_dn_segmentation": DilatedCNN(), "cardiac_segmentation_failure": FailureResNet()}
+    for name, network in networks.items():
+        ignore = shutil.ignore_patterns("models")
+        shutil.copytree(ROOT / "bundles" / name, root / name, ignore=ignore)
+        save_weights(network, root / name / "models" / "model.pt")
+    failure = root / "cardiac_segmentation_failure" / "configs" / "inference.json"
+    config = json.loads(failure.read_text())
+    config["detectors"] = {f"dn_{map}": {"weights": "model.pt", "threshold": 0.5} for map in ("bmap", "emap")}
+    failure.write_text(json.dumps(config))
+    return root
+
+
+@pytest.fixture
+def predictors(bundles):
+    segmenter = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", samples=2, amp=False)
+    detector = BundlePredictor(bundles / "cardiac_segmentation_failure", "cpu", segmentation_model="dn", amp=False)
+    return segmenter, detector
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    """One oblique phantom scan of odd size."""
+    root = tmp_path_factory.mktemp("scan")
+    phantom = ShortAxisPhantom(seed=3, shape=(97, 85), n_slices=3, spacing=(1.6, 1.7, 20.0))
+    image = phantom.frame(0.0)[0]
+    angle = np.deg2rad(30)
+    rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = rotation * np.array(phantom.spacing)
+    affine[:3, 3] = (-10.0, 20.0, 5.0)
+    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), root / "oblique.nii.gz")
+    return root / "oblique.nii.gz"
+
+
+def check_files(folder, source):
+    """All five volumes lie on the scan's own grid, and hold what their names say."""
+    original = nib.load(source)
+    volumes = {}
+    for name in FILES:
+        image = nib.load(folder / f"{name}.nii.gz")
+        assert image.shape == original.shape[:3]
+        np.testing.assert_array_equal(image.affine, original.affine)
+        for code in ("sform_code", "qform_code"):
+            assert image.header[code] == original.header[code]
+        np.testing.assert_allclose(image.header.get_zooms(), original.header.get_zooms()[:3])
+        volumes[name] = np.asarray(image.dataobj)
+    assert volumes["segmentation"].dtype == np.uint8 and volumes["segmentation"].max() <= 3
+    for name in ("entropy", "bayesian", "failure_probability"):
+        assert volumes[name].min() >= 0 and volumes[name].max() <= 1 and volumes[name].max() > 0
+    return volumes
+
+
+def test_files_of_a_case(scan, predictors, tmp_path):
+    (qc,) = run(find_scans(scan), tmp_path, *predictors)
+    volumes = check_files(tmp_path / "oblique", scan)
+    assert qc == json.loads((tmp_path / "oblique" / "qc.json").read_text())
+    voxel = 1.6 * 1.7 * 20 / 1000
+    for label, name in ((1, "RV"), (2, "LVM"), (3, "LV")):
+        expected = (volumes["segmentation"] == label).sum() * voxel
+        assert qc["segmentation"]["volume_ml"][name] == pytest.approx(expected, rel=1e-5)
+    regions = {region["id"]: region for region in qc["detection"]["regions"]}
+    assert set(np.unique(volumes["failure_regions"])) - {0} == set(regions)
+    for number, region in regions.items():
+        inside = volumes["failure_regions"] == number
+        np.testing.assert_allclose(volumes["failure_probability"][inside], region["probability"], rtol=1e-6)
+        assert region["probability"] >= qc["detection"]["threshold"]
+    row = pd.read_csv(tmp_path / "worklist.csv").iloc[0]
+    assert row["case"] == "oblique" and row["regions_flagged"] == len(regions)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_path):
+    run(find_scans(scan), tmp_path, *predictors)
+    maps = tmp_path / "oblique" / "bayesian.nii.gz"
+    first = maps.stat().st_mtime_ns
+    run(find_scans(scan), tmp_path, *predictors)
+    assert maps.stat().st_mtime_ns == first
+    detector = BundlePredictor(
+        bundles / "cardiac_segmentation_failure", "cpu", segmentation_model="dn", amp=False, threshold=0.01
+    )
+    (qc,) = run(find_scans(scan), tmp_path, predictors[0], detector)
+    assert maps.stat().st_mtime_ns == first  # the segmentation still holds
+    assert qc["detection"]["threshold"] == 0.01
+    maps.unlink()
+    run(find_scans(scan), tmp_path, *predictors)
+    assert maps.is_file()
+
+
+def test_an_interrupted_stage_does_not_count_as_done(scan, bundles, predictors, tmp_path, monkeypatch):
+    run(find_scans(scan), tmp_path, *predictors)
+    other = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", samples=3, amp=False)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cardiac_qc_plugin.workflows.run.write_maps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(find_scans(scan), tmp_path, other, predictors[1])
+    monkeypatch.undo()
+    maps = tmp_path / "oblique" / "bayesian.nii.gz"
+    before = maps.stat().st_mtime_ns
+    (qc,) = run(find_scans(scan), tmp_path, *predictors)
+    assert qc["segmentation"]["samples"] == 2 and maps.stat().st_mtime_ns > before
+
+
+def test_same_seed_same_maps(scan, predictors, tmp_path):
+    for name in ("a", "b"):
+        run(find_scans(scan), tmp_path / name, *predictors)
+    first, second = (files.read_volume(tmp_path / n / "oblique" / "bayesian.nii.gz").data for n in ("a", "b"))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_cine_gives_one_folder_per_phase(predictors, tmp_path):
+    phantom = ShortAxisPhantom(seed=1, shape=(64, 72), n_slices=2, spacing=(2.5, 2.5, 20.0))
+    paths = write_phantom(tmp_path / "in", "cine", phantom, cine_frames=2, with_labels=False)
+    cases = run(find_scans(paths["4d"]), tmp_path / "out", *predictors)
+    assert [qc["case"] for qc in cases] == ["cine_4d/phase00", "cine_4d/phase01"]
+    cine = np.asarray(nib.load(paths["4d"]).dataobj)
+    for frame in range(2):
+        folder = tmp_path / "out" / "cine_4d" / f"phase{frame:02d}"
+        np.testing.assert_array_equal(np.asarray(nib.load(folder / "image.nii.gz").dataobj), cine[..., frame])
+        check_files(folder, paths["4d"])
+
+
+def test_emap_pairs_with_the_deterministic_segmentation(scan, bundles, tmp_path):
+    results = []
+    for samples in (0, 3):
+        segmenter = BundlePredictor(
+            bundles / "cardiac_dn_segmentation", "cpu", samples=samples, map="emap", amp=False
+        )
+        detector = BundlePredictor(
+            bundles / "cardiac_segmentation_failure", "cpu", map="emap", segmentation_model="dn", amp=False
+        )
+        run(find_scans(scan), tmp_path / str(samples), segmenter, detector)
+        results.append(files.read_volume(tmp_path / str(samples) / "oblique" / "segmentation.nii.gz").data)
+    np.testing.assert_array_equal(*results)
+
+
+def save(path, array, zooms=(1.5, 1.5, 8.0)):
+    image = nib.Nifti1Image(array, np.diag([*zooms[:3], 1.0]) if len(zooms) >= 3 else np.eye(4))
+    image.header.set_zooms(zooms[: array.ndim])
+    nib.save(image, path)
+
+
+def stack(seed=0, shape=(64, 64, 2)):
+    return np.random.default_rng(seed).random(shape).astype(np.float32)
+
+
+def write_truncated(path):
+    save(path, stack())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_zero_spacing(path):
+    save(path, stack())
+    with gzip.open(path, "rb") as stream:
+        raw = bytearray(stream.read())
+    raw[80:84] = np.float32(0).tobytes()  # pixdim[1] of the NIfTI-1 header
+    with gzip.open(path, "wb") as stream:
+        stream.write(raw)
+
+
+def write_nan(path):
+    image = stack()
+    image[3, 4, 1] = np.nan
+    save(path, image)
+
+
+def write_inf(path):
+    image = stack()
+    image[3, 4, 1] = np.inf
+    save(path, image)
+
+
+BROKEN = {
+    "text": (lambda path: path.write_text("no image"), "not a NIfTI image"),
+    "truncated": (write_truncated, "truncated"),
+    "flat": (lambda path: save(path, stack(shape=(64, 64)), (1.5, 1.5)), "3-D"),
+    "nan": (write_nan, "NaN or infinite"),
+    "inf": (write_inf, "NaN or infinite"),
+    "constant": (lambda path: save(path, np.full((64, 64, 2), 7, np.int16)), "every voxel is 7"),
+    "unit_spacing": (lambda path: save(path, stack(), (1.0, 1.0, 1.0)), "1 x 1 x 1 mm"),
+    "zero_spacing": (write_zero_spacing, "not positive"),
+}
+
+
+def test_broken_scans_are_named_and_the_others_finished(predictors, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, (write, _) in BROKEN.items():
+        write(folder / f"{name}.nii.gz")
+    save(folder / "sound.nii.gz", stack())
+    with pytest.raises(CaseFailures) as caught:
+        run(find_scans(folder), tmp_path / "out", *predictors)
+    reasons = dict(caught.value.failures)
+    assert set(reasons) == set(BROKEN)
+    for name, (_, message) in BROKEN.items():
+        assert message in reasons[name] and f"{name}.nii.gz" in reasons[name], reasons[name]
+    check_files(tmp_path / "out" / "sound", folder / "sound.nii.gz")
+    worklist = pd.read_csv(tmp_path / "out" / "worklist.csv")
+    assert set(worklist[worklist["status"] == "failed"]["case"]) == set(BROKEN)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in page for name in BROKEN)
+
+
+def test_checkpoint_of_another_network(bundles, tmp_path):
+    copy = shutil.copytree(bundles / "cardiac_dn_segmentation", tmp_path / "cardiac_dn_segmentation")
+    save_weights(DilatedResNet22(), copy / "models" / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt.*another network than DilatedCNN"):
+        BundlePredictor(copy, "cpu")
+    (copy / "models" / "model.pt").unlink()
+    with pytest.raises(ValueError, match="no such file"):
+        BundlePredictor(copy, "cpu")
+
+
+def test_unknown_setting(bundles):
+    with pytest.raises(ValueError, match="no setting 'sample'"):
+        BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", sample=3)
+
+
+def test_output_that_cannot_be_written(scan, predictors, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(find_scans(scan), tmp_path / "file" / "out", *predictors)
+
+
+def test_full_disk_stops_and_leaves_no_half_file(scan, predictors, tmp_path, monkeypatch):
+    original = nib.Nifti1Image.to_filename
+
+    def full(image, path, **kwargs):
+        if "bayesian" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(image, path, **kwargs)
+
+    monkeypatch.setattr(nib.Nifti1Image, "to_filename", full)
+    with pytest.raises(OSError, match=r"cannot write .*bayesian\.nii\.gz: No space left"):
+        run(find_scans(scan), tmp_path, *predictors)
+    left = sorted(path.name for path in (tmp_path / "oblique").iterdir())
+    assert left == ["entropy.nii.gz", "segmentation.nii.gz"]
+    monkeypatch.undo()
+    run(find_scans(scan), tmp_path, *predictors)
+    check_files(tmp_path / "oblique", scan)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "pipeline.py", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_command_line(bundles, tmp_path):
+    """Run, correct and evaluate on an ACDC folder; a broken scan makes the exit code non-zero."""
+    write_acdc_like(tmp_path / "acdc", 1)
+    settings = ("--model", "dn", "--samples", 2, "--device", "cpu", "--bundle_dir", bundles)
+    done = command("run", "--input", tmp_path / "acdc", "--output", tmp_path / "out", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "2 scan(s)" in done.stdout and "report.html" in done.stdout
+    for folder, extra in (("corrected", ()), ("evaluation", ("--compare", tmp_path / "corrected"))):
+        name = "correct" if folder == "corrected" else "evaluate"
+        arguments = ("--predictions", tmp_path / "out", "--reference", tmp_path / "acdc")
+        done = command(name, *arguments, "--output", tmp_path / folder, *extra)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "evaluation" / "summary.md").is_file()
+    (tmp_path / "acdc" / "broken.nii.gz").write_text("no image")
+    done = command("run", "--input", tmp_path / "acdc", "--output", tmp_path / "out", *settings)
+    assert done.returncode == 1
+    assert "broken.nii.gz: not a NIfTI image" in done.stderr and "Traceback" not in done.stderr
+    done = command("run", "--input", tmp_path / "nothing", "--output", tmp_path / "out", *settings)
+    assert done.returncode == 1 and "no such file or folder" in done.stderr
+
+
+def test_command_line_datalist(tmp_path):
+    write_acdc_like(tmp_path / "acdc", 8, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
+    done = command("datalist", "--root", tmp_path / "acdc", "--output", tmp_path / "folds.json", "--folds", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "folds.json").read_text())["training"]) == 16
+    scans = find_scans(tmp_path / "folds.json", root=tmp_path / "acdc")
+    assert len(scans) == 16 and all(scan.path.is_file() for scan in scans)
