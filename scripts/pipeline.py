@@ -2,6 +2,7 @@
 
     python scripts/pipeline.py demo     --output DIR
     python scripts/pipeline.py run      --input PATH --output DIR
+    python scripts/pipeline.py segment  --input PATH --output DIR
     python scripts/pipeline.py datalist --dataset acdc --root DIR --output folds.json
     python scripts/pipeline.py correct  --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py evaluate --predictions DIR --reference DIR --output DIR
@@ -12,20 +13,25 @@
 import sys
 
 
-def _bundles(model: str, map: str, samples: int, device: str, bundle_dir: str | None, threshold: float | None):
-    """The segmentation bundle and the failure bundle for its network and map."""
+def _segmenter(model: str, map: str, samples: int, device: str, bundle_dir: str | None):
+    """The segmentation bundle of a network."""
     from cardiac_qc_plugin.bundle import BundlePredictor, find_bundle
 
     if model not in ("dn", "drn", "unet"):
         raise ValueError(f"--model is dn, drn or unet, got '{model}'.")
     if map not in ("bmap", "emap"):
         raise ValueError(f"--map is bmap or emap, got '{map}'.")
+    folder = find_bundle(f"cardiac_{model}_segmentation", bundle_dir)
+    return BundlePredictor(folder, device, map=map, samples=samples)
+
+
+def _detector(model: str, map: str, device: str, bundle_dir: str | None, threshold: float | None):
+    """The failure bundle, with the detector for a network and map."""
+    from cardiac_qc_plugin.bundle import BundlePredictor, find_bundle
+
     settings = {} if threshold is None else {"threshold": threshold}
-    segmenter = BundlePredictor(
-        find_bundle(f"cardiac_{model}_segmentation", bundle_dir), device, map=map, samples=samples
-    )
-    failure_bundle = find_bundle("cardiac_segmentation_failure", bundle_dir)
-    return segmenter, BundlePredictor(failure_bundle, device, map=map, segmentation_model=model, **settings)
+    folder = find_bundle("cardiac_segmentation_failure", bundle_dir)
+    return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)
 
 
 def _summary(cases: list[dict], output: str) -> None:
@@ -42,6 +48,13 @@ def _summary(cases: list[dict], output: str) -> None:
         listed = ", ".join(str(z + 1) for z in qc["detection"]["flagged_slices"]) or "none"
         print(f"  {qc['case']}: {volumes}; slices to review: {listed}")
     print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
+
+
+def _finish(outcome) -> None:
+    """Print what a stage did; exit code 1 if it could not do some cases."""
+    print(outcome.text)
+    if outcome.failures:
+        sys.exit(1)
 
 
 def run(
@@ -72,7 +85,39 @@ def run(
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     scans = find_scans(input, root)
-    _summary(run_workflow(scans, output, *_bundles(model, map, samples, device, bundle_dir, threshold)), output)
+    segmenter = _segmenter(model, map, samples, device, bundle_dir)
+    detector = _detector(model, map, device, bundle_dir, threshold)
+    _summary(run_workflow(scans, output, segmenter, detector), output)
+
+
+def segment(
+    input: str,
+    output: str,
+    model: str = "drn",
+    map: str = "bmap",
+    samples: int = 10,
+    device: str = "auto",
+    root: str | None = None,
+    bundle_dir: str | None = None,
+) -> None:
+    """Segment scans with both uncertainty maps, without detection: what a detector is trained on.
+
+    Args:
+        input: as for run.
+        output: folder for the results; run goes on from them.
+        model: segmentation network: dn, drn or unet.
+        map: what the segmentation has to go with: bmap (mean of the samples) or emap (deterministic pass).
+        samples: Monte Carlo samples T.
+        device: auto, cpu, cuda, cuda:1, ...
+        root: folder that the paths in a datalist are relative to.
+        bundle_dir: folder of the bundles, instead of the repository's.
+    """
+    from cardiac_qc_plugin.data.inputs import find_scans
+    from cardiac_qc_plugin.workflows.run import run as run_workflow
+
+    scans = find_scans(input, root)
+    cases = run_workflow(scans, output, _segmenter(model, map, samples, device, bundle_dir), None)
+    print(f"{len(cases)} scan(s) segmented in {output}.")
 
 
 def demo(output: str, seed: int = 1, device: str = "auto") -> None:
@@ -91,7 +136,7 @@ def demo(output: str, seed: int = 1, device: str = "auto") -> None:
     scans = Path(output) / "phantom"
     write_phantom(scans, "phantom", ShortAxisPhantom(seed=seed))
     run(str(scans), output, device=device)
-    print(evaluate_workflow(output, scans, Path(output) / "evaluation"))
+    _finish(evaluate_workflow(output, scans, Path(output) / "evaluation"))
 
 
 def datalist(
@@ -141,7 +186,7 @@ def correct(
     """
     from cardiac_qc_plugin.workflows.correct import correct as correct_workflow
 
-    print(correct_workflow(predictions, output, reference, edited, rule, criterion, on_outside))
+    _finish(correct_workflow(predictions, output, reference, edited, rule, criterion, on_outside))
 
 
 def evaluate(predictions: str, reference: str, output: str, compare: str | None = None) -> None:
@@ -155,14 +200,21 @@ def evaluate(predictions: str, reference: str, output: str, compare: str | None 
     """
     from cardiac_qc_plugin.workflows.evaluate import evaluate as evaluate_workflow
 
-    print(evaluate_workflow(predictions, reference, output, compare))
+    _finish(evaluate_workflow(predictions, reference, output, compare))
 
 
 def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
 
-    commands = {"demo": demo, "run": run, "datalist": datalist, "correct": correct, "evaluate": evaluate}
+    commands = {
+        "demo": demo,
+        "run": run,
+        "segment": segment,
+        "datalist": datalist,
+        "correct": correct,
+        "evaluate": evaluate,
+    }
     try:
         fire.Fire(commands, name="pipeline.py")
     except (ValueError, RuntimeError, OSError) as error:

@@ -34,7 +34,7 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path, map: st
             if not path.is_file():
                 raise ValueError(
                     f"{path} is missing. Segment the images first: "
-                    f"python scripts/pipeline.py run --input ... --output {predictions_dir}"
+                    f"python scripts/pipeline.py segment --input ... --output {predictions_dir}"
                 )
         result.append({**item, **{key: str(path) for key, path in files.items()}})
     return result

@@ -84,8 +84,8 @@ class SlicePatchDataset(IterableDataset):
     """Batches of random patches, rotated by random multiples of 90 degrees (section V-A).
 
     Volumes are read and preprocessed once; afterwards a batch costs a few array slices. Slices are drawn uniformly,
-    those without any label included, with replacement. The random sequence comes from torch's generator (or from the seed
-    that the loader gives each worker), so no worker repeats another's.
+    those without any label included, with replacement. The random sequence comes from torch's generator (or from the
+    seed that the loader gives each worker), so no worker repeats another's.
 
     Args:
         data: datalist items with the keys that ``transform`` reads.

@@ -60,4 +60,6 @@ class DilatedResNet22(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.classifier(self.features(x))
-        return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
+        # by the stride, not to the input's size: a size that is no multiple of 8 would stretch the grid by some pixels
+        logits = F.interpolate(logits, scale_factor=8.0, mode="bilinear", align_corners=False)
+        return logits[:, :, : x.shape[2], : x.shape[3]]

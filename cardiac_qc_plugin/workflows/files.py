@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.openers import ImageOpener
 
 from cardiac_qc_plugin.transforms.spatial import check_spacing
 
@@ -66,7 +67,9 @@ def read_volume(path: str | Path, frame: int | None = None) -> Volume:
     if image.ndim != (3 if frame is None else 4):
         expected = "one stack of slices (3-D)" if frame is None else "a cine (4-D)"
         raise ValueError(f"{path}: expected {expected}, got {image.ndim} dimensions of {image.shape}.")
-    spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
+    with ImageOpener(path) as stream:  # unchecked: nibabel turns a voxel size of 0 into 1
+        pixdim = type(image.header).from_fileobj(stream, check=False)["pixdim"]
+    spacing = tuple(float(size) for size in pixdim[1:4])
     check_spacing(spacing, str(path))
     try:
         data = np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])

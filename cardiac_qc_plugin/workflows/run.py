@@ -17,11 +17,13 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import structure_volumes
+from cardiac_qc_plugin.reports import write_report
 
 from .files import Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
 
 __all__ = ["CaseFailures", "run"]
 
+STAGES = ("segmentation", "detection")
 MapFiles = dict[str, tuple[str, type]]  # entry of a bundle's result: file, and type of its voxels
 SEGMENT_FILES: MapFiles = {
     "pred": ("segmentation.nii.gz", np.uint8),
@@ -103,8 +105,8 @@ def scores(segmentation: dict[str, Any], detection: dict[str, Any]) -> dict[str,
 class CaseRecord:
     """The ``qc.json`` of a case: what its files were made from.
 
-    A stage's entry is removed from the file before the stage starts and put back when its files are complete, so an
-    interrupted stage never counts as done.
+    The entries of a stage and those after it are removed from the file before the stage starts; its own comes back
+    when its files are complete. So an interrupted stage never counts as done.
 
     Args:
         folder: the case's folder.
@@ -126,7 +128,10 @@ class CaseRecord:
         present = all((self.folder / file).is_file() for file, _ in files.values())
         if present and self.qc["stages"].get(name, {}).get("digest") == digest:
             return self.qc[name]
-        self.qc["stages"].pop(name, None)
+        for later in STAGES[STAGES.index(name) :]:
+            self.qc["stages"].pop(later, None)
+            self.qc.pop(later, None)
+        self.qc.pop("scores", None)
         if self.path.is_file():
             write_json(self.path, self.qc)
         start = time.perf_counter()
@@ -144,8 +149,8 @@ class CaseRecord:
         return self.qc
 
 
-def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: BundlePredictor) -> dict[str, Any]:
-    """All stages for one scan; a stage whose result is there is skipped. Returns the content of ``qc.json``."""
+def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: BundlePredictor | None) -> dict[str, Any]:
+    """The stages for one scan; one whose result is there is skipped. Returns the content of ``qc.json``."""
     folder = output / scan.case
     volume = read_volume(scan.path, scan.frame)
     image = scan.path if scan.frame is None else folder / "image.nii.gz"
@@ -156,20 +161,17 @@ def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: Bun
         "shape": list(volume.data.shape),
         "spacing_mm": list(volume.spacing),
     }
-    record = CaseRecord(folder, {"case": scan.case, "input": source})
-    first = digest(__version__, source["sha256"], scan.frame, segmenter.digest)
-    segmentation = record.stage(
-        "segmentation", first, SEGMENT_FILES, segmenter, lambda: segment(scan, folder, image, volume, segmenter)
-    )
-    detection = record.stage(
-        "detection",
-        digest(first, detector.digest),
-        DETECT_FILES,
-        detector,
-        lambda: detect(folder, image, volume, detector),
-    )
     versions = {"cardiac_qc_plugin": __version__, "monai": version("monai"), "torch": version("torch")}
-    return record.complete({"scores": scores(segmentation, detection), "versions": versions})
+    record = CaseRecord(folder, {"case": scan.case, "input": source, "versions": versions})
+    key = digest(__version__, source["sha256"], scan.frame, segmenter.digest)
+    segmentation = record.stage(
+        "segmentation", key, SEGMENT_FILES, segmenter, lambda: segment(scan, folder, image, volume, segmenter)
+    )
+    if detector is None:
+        return record.qc
+    key = digest(key, detector.digest)
+    detection = record.stage("detection", key, DETECT_FILES, detector, lambda: detect(folder, image, volume, detector))
+    return record.complete({"scores": scores(segmentation, detection)})
 
 
 def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -205,31 +207,10 @@ def write_worklist(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, stream.getvalue())
 
 
-def run(
-    scans: list[Scan], output: str | Path, segmenter: BundlePredictor, detector: BundlePredictor
-) -> list[dict[str, Any]]:
-    """Segment scans, detect failures in them, and write the worklist and the report.
-
-    Files, on each scan's own grid: see docs/architecture.md. A case that is done with the same input and settings is
-    skipped; a case that fails does not stop the others.
-
-    Args:
-        scans: what to process, see :func:`~cardiac_qc_plugin.data.inputs.find_scans`.
-        output: folder to write to.
-        segmenter: a segmentation bundle.
-        detector: the failure bundle, for the segmenter's network and map.
-
-    Returns:
-        The content of each finished case's ``qc.json``, in the order of the scans.
-
-    Raises:
-        OSError: if the output folder cannot be written, or the disk is full: no later case could be written either.
-        CaseFailures: at the end, if any case failed.
-    """
-    from cardiac_qc_plugin.reports import write_report
-
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+def each_scan(
+    scans: list[Scan], output: Path, segmenter: BundlePredictor, detector: BundlePredictor | None
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Process scans one after another, with progress; returns the finished cases, and (case, reason) of the others."""
     cases, failures = [], []
     with tqdm(total=len(scans), unit="scan", bar_format="{l_bar}{bar}| {n:.1f}/{total} {elapsed}<{remaining}") as bar:
         for index, scan in enumerate(scans):
@@ -241,15 +222,44 @@ def run(
             segmenter.inferer.progress = advance
             try:
                 cases.append(run_case(scan, output, segmenter, detector))
-            except OSError:
+            except OSError:  # the output cannot be written: no later case could be either
                 raise
             except ValueError as error:
                 failures.append((scan.case, str(error)))
             except Exception as error:  # a case that breaks in an unforeseen way must not stop the cohort
                 failures.append((scan.case, f"{type(error).__name__}: {error}"))
             advance(1.0)
-    write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
-    write_report(output, cases, failures)
+    return cases, failures
+
+
+def run(
+    scans: list[Scan], output: str | Path, segmenter: BundlePredictor, detector: BundlePredictor | None
+) -> list[dict[str, Any]]:
+    """Segment scans, detect failures in them, and write the worklist and the report.
+
+    Files, on each scan's own grid: see docs/architecture.md. A case that is done with the same input and settings is
+    skipped; a case that fails does not stop the others.
+
+    Args:
+        scans: what to process, see :func:`~cardiac_qc_plugin.data.inputs.find_scans`.
+        output: folder to write to.
+        segmenter: a segmentation bundle.
+        detector: the failure bundle, for the segmenter's network and map; None to segment only, without worklist and
+            report.
+
+    Returns:
+        The content of each finished case's ``qc.json``, in the order of the scans.
+
+    Raises:
+        OSError: if the output folder cannot be written, or the disk is full.
+        CaseFailures: at the end, if any case failed.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    cases, failures = each_scan(scans, output, segmenter, detector)
+    if detector is not None:
+        write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
+        write_report(output, cases, failures)
     if failures:
         raise CaseFailures(failures)
     return cases

@@ -157,9 +157,7 @@ def test_cine_gives_one_folder_per_phase(predictors, tmp_path):
 def test_emap_pairs_with_the_deterministic_segmentation(scan, bundles, tmp_path):
     results = []
     for samples in (0, 3):
-        segmenter = BundlePredictor(
-            bundles / "cardiac_dn_segmentation", "cpu", samples=samples, map="emap", amp=False
-        )
+        segmenter = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", samples=samples, map="emap", amp=False)
         detector = BundlePredictor(
             bundles / "cardiac_segmentation_failure", "cpu", map="emap", segmentation_model="dn", amp=False
         )
@@ -229,7 +227,7 @@ def test_broken_scans_are_named_and_the_others_finished(predictors, tmp_path):
     for name, (_, message) in BROKEN.items():
         assert message in reasons[name] and f"{name}.nii.gz" in reasons[name], reasons[name]
     check_files(tmp_path / "out" / "sound", folder / "sound.nii.gz")
-    worklist = pd.read_csv(tmp_path / "out" / "worklist.csv")
+    worklist = pd.read_csv(tmp_path / "out" / "worklist.csv", keep_default_na=False)
     assert set(worklist[worklist["status"] == "failed"]["case"]) == set(BROKEN)
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in BROKEN)
