@@ -172,6 +172,7 @@ def correct(
     rule: str = "paper",
     criterion: str | None = None,
     on_outside: str = "error",
+    apex: str = "last",
 ) -> None:
     """Correct flagged regions: simulated with references, or by an expert's edited masks.
 
@@ -183,13 +184,21 @@ def correct(
         rule: paper, released_code or upper_bound (simulated correction).
         criterion: failure criterion, paper or released_code; the rule's own by default.
         on_outside: edits outside flagged regions are an error, or dropped and counted (drop).
+        apex: end of the slice axis at which the apex lies, last or first.
     """
     from cardiac_qc_plugin.workflows.correct import correct as correct_workflow
 
-    _finish(correct_workflow(predictions, output, reference, edited, rule, criterion, on_outside))
+    _finish(correct_workflow(predictions, output, reference, edited, rule, criterion, on_outside, apex))
 
 
-def evaluate(predictions: str, reference: str, output: str, compare: str | None = None) -> None:
+def evaluate(
+    predictions: str,
+    reference: str,
+    output: str,
+    compare: str | None = None,
+    criterion: str = "paper",
+    apex: str = "last",
+) -> None:
     """Score segmentations, clinical indices, uncertainty and failure detection against references.
 
     Args:
@@ -197,10 +206,12 @@ def evaluate(predictions: str, reference: str, output: str, compare: str | None 
         reference: folder with reference labels (``<case>_gt.nii.gz``); ACDC's layout gives the phases too.
         output: folder for tables, curves and figures.
         compare: a second folder of predictions, corrected ones say, to test the difference.
+        criterion: what a failure is in tables by case and in figures, paper or released_code; the summary has both.
+        apex: end of the slice axis at which the apex lies, last or first.
     """
     from cardiac_qc_plugin.workflows.evaluate import evaluate as evaluate_workflow
 
-    _finish(evaluate_workflow(predictions, reference, output, compare))
+    _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "file_sha256",
     "read_json",
     "read_volume",
+    "write_file",
     "write_json",
     "write_like",
     "write_text",
@@ -78,7 +79,7 @@ def read_volume(path: str | Path, frame: int | None = None) -> Volume:
     return Volume(data, spacing, image)
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write under a temporary name in the same folder, then rename; nothing is left behind on failure."""
     temporary = path.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix decides nibabel's compression
     try:
@@ -99,12 +100,12 @@ def write_like(path: Path, array: np.ndarray, volume: Volume) -> None:
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0
     # affine None: sform, qform and their codes stay as the scan's header has them
-    _write(path, nib.Nifti1Image(array, None, header).to_filename)
+    write_file(path, nib.Nifti1Image(array, None, header).to_filename)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: Any) -> None:
