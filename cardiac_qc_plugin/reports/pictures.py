@@ -21,8 +21,7 @@ from matplotlib.patches import Rectangle
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.workflows.files import write_file
-from cardiac_qc_plugin.workflows.files import read_json, read_volume
+from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_file
 
 __all__ = ["CONTOURS", "FLAG_COLOR", "MAP_COLORS", "MAP_NAMES", "MAP_TOP", "regions_by_slice", "write_pictures"]
 

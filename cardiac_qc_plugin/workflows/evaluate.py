@@ -34,8 +34,7 @@ from cardiac_qc_plugin.metrics.statistics import (
     wilcoxon_signed_rank,
 )
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
-from cardiac_qc_plugin.workflows.files import write_file
-from cardiac_qc_plugin.workflows.files import write_json, write_text
+from cardiac_qc_plugin.workflows.files import write_file, write_json, write_text
 from cardiac_qc_plugin.workflows.measure import (
     CRITERIA,
     STRUCTURES,
