@@ -11,6 +11,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random weights in every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def acdc_dir() -> Path:
     """Folder with ACDC's 100 training patients: ACDC_DIR, or ../shared/data/acdc/training beside the repository."""

@@ -18,6 +18,7 @@ from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import structure_volumes
 from cardiac_qc_plugin.reports import write_report
+from cardiac_qc_plugin.reports.pictures import write_pictures
 
 from .files import Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
 
@@ -171,7 +172,9 @@ def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: Bun
         return record.qc
     key = digest(key, detector.digest)
     detection = record.stage("detection", key, DETECT_FILES, detector, lambda: detect(folder, image, volume, detector))
-    return record.complete({"scores": scores(segmentation, detection)})
+    qc = record.complete({"scores": scores(segmentation, detection)})
+    write_pictures(folder)
+    return qc
 
 
 def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) -> list[dict[str, Any]]:

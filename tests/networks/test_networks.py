@@ -212,8 +212,8 @@ def test_outputs_are_logits(make):
 
 
 def test_drn_upsamples_the_classifiers_logits():
-    network = settle(DilatedResNet22())
-    x = input_for(network, (40, 27))
+    network = settle(DilatedResNet22()).double()
+    x = input_for(network, (40, 27)).double()
     with torch.no_grad():
         coarse = network.classifier(network.features(x))
         assert coarse.shape == (2, 4, 5, 4)  # output stride 8, rounded up
@@ -223,9 +223,9 @@ def test_drn_upsamples_the_classifiers_logits():
             position = ((torch.arange(size, dtype=torch.float64) + 0.5) * n / size - 0.5).clamp(0, n - 1)
             low = position.floor().long().clamp(max=n - 1)
             high = (low + 1).clamp(max=n - 1)
-            share = (position - low).float().view([-1 if a == axis else 1 for a in range(4)])
+            share = (position - low).view([-1 if a == axis else 1 for a in range(4)])
             coarse = coarse.index_select(axis, low) * (1 - share) + coarse.index_select(axis, high) * share
-        torch.testing.assert_close(network(x), coarse, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(network(x), coarse)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (20, 33)])
@@ -313,7 +313,7 @@ def test_detector_drops_single_elements():
 
 @pytest.mark.parametrize("make", SEGMENTATION + DETECTORS)
 def test_torchscript_equals_eager(make):
-    network = settle(make())
+    network = settle(make()).double()
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(network), buffer)
     buffer.seek(0)
@@ -321,8 +321,8 @@ def test_torchscript_equals_eager(make):
     sizes = [(32, 48)] if isinstance(network, FailureResNet) else [(32, 48), (35, 21)]
     with torch.no_grad():
         for size in sizes:
-            x = input_for(network, size)
-            torch.testing.assert_close(scripted(x), network(x), rtol=1e-5, atol=1e-5)
+            x = input_for(network, size).double()
+            torch.testing.assert_close(scripted(x), network(x))
 
 
 @pytest.mark.parametrize("make", SEGMENTATION + DETECTORS[1:2])

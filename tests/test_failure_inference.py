@@ -1,0 +1,127 @@
+"""From image, map and segmentation to flagged regions, and what the detector is trained and judged on."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from sklearn.metrics import fbeta_score
+
+from cardiac_qc_plugin.data.slices import SlicePatchDataset, positive_weight
+from cardiac_qc_plugin.inferers import FailureRegionInferer
+from cardiac_qc_plugin.networks import FailureResNet
+from cardiac_qc_plugin.transforms import FlagRegionsd, RegionLabelsd, crop_box, crop_slice, read_regions
+from cardiac_qc_plugin.workflows.files import read_json
+from cardiac_qc_plugin.workflows.operating_point import choose_operating_point, volume_detection
+
+SHAPE = (100, 92, 3)
+
+
+def stack():
+    """Image, map and labels (1, 3, H, W, D): a heart in the first slice, one as wide as the slice, an empty slice."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros(SHAPE)
+    labels[30:60, 40:70, 0] = 3
+    labels[2:95, 5:90, 1] = 1
+    channels = [rng.random(SHAPE), rng.random(SHAPE), labels]
+    return torch.from_numpy(np.stack(channels)[None].astype(np.float32))
+
+
+@pytest.mark.parametrize("region_size", [4, 8, 16])
+def test_inferer_paints_what_the_network_says_of_each_crop(region_size):
+    torch.manual_seed(0)
+    network = FailureResNet(region_size=region_size).eval()
+    inputs = stack()
+    painted = FailureRegionInferer(region_size, amp=False)(inputs, network)
+    assert painted.shape == (1, 1, *SHAPE)
+    for z in range(SHAPE[2]):
+        volume = inputs[0, ..., z].numpy()
+        box = crop_box(volume[2], region_size, 80)
+        with torch.no_grad():
+            logits = network(torch.from_numpy(crop_slice(volume[:2], box))[None])
+        expected = logits.softmax(dim=1)[0, 1].numpy()
+        np.testing.assert_allclose(read_regions(painted[0, 0, ..., z].numpy(), box, region_size), expected, rtol=1e-5)
+        outside = np.ones(SHAPE[:2], dtype=bool)
+        outside[max(box[0], 0) : box[1], max(box[2], 0) : box[3]] = False
+        assert (painted[0, 0, ..., z].numpy()[outside] == 0).all()
+
+
+def test_inferer_shows_the_segmentation_and_restores_the_network():
+    torch.manual_seed(0)
+    network = FailureResNet(in_channels=3).train()
+    inputs = stack()
+    first = FailureRegionInferer(see_segmentation=True, amp=False)(inputs, network)
+    assert all(module.training for module in network.modules())
+    changed = inputs.clone()
+    changed[0, 2][changed[0, 2] == 3] = 2  # same crops, other labels
+    second = FailureRegionInferer(see_segmentation=True, amp=False)(changed, network)
+    assert not torch.equal(first[..., 0], second[..., 0]) and torch.equal(first[..., 1], second[..., 1])
+    with pytest.raises(ValueError, match="3, H, W, D"):
+        FailureRegionInferer()(inputs[:, :2], network)
+
+
+def test_flagged_regions_of_a_hand_made_map():
+    labels = np.zeros((1, 80, 80, 2), dtype=np.float32)
+    painted = np.zeros((1, 80, 80, 2), dtype=np.float32)
+    painted[0, 8:16, 16:24, 0] = 0.9
+    painted[0, 72:80, 0:8, 1] = 0.6
+    painted[0, 0:8, 0:8, 1] = 0.3
+    affine = np.diag([1.5, 1.5, 8.0, 1.0])
+    data = {"image": MetaTensor(labels, affine=affine), "segmentation": labels, "pred": torch.from_numpy(painted)}
+    result = FlagRegionsd("pred", "segmentation", threshold=0.5)(data)
+    regions = np.asarray(result["regions"])[0]
+    assert (regions[8:16, 16:24, 0] == 1).all() and (regions[72:80, 0:8, 1] == 2).all()
+    assert np.count_nonzero(regions) == 128
+    np.testing.assert_array_equal(result["regions"].affine, affine)
+    report = result["result"]
+    assert report["n_regions"] == 200 and report["flagged_slices"] == [0, 1]
+    assert report["expected_failing_regions"] == pytest.approx(1.8)
+    assert [region["slice"] for region in report["regions"]] == [0, 1]
+
+
+def test_region_labels_of_a_batch():
+    batch = {"label": torch.zeros(2, 1, 16, 16), "image": None}
+    batch["label"][1, 0, 9, 3] = 1
+    expected = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    expected[1, 0, 1, 0] = True
+    assert torch.equal(RegionLabelsd("label", 8)(batch)["label"], expected)
+
+
+def test_positive_weight_is_the_ratio_of_regions():
+    label = np.zeros((1, 20, 16, 2), dtype=np.uint8)  # the last four rows make no whole region
+    label[0, 0, 0, 0] = label[0, 9, 9, 1] = label[0, 19, 0, 1] = 1
+    data = SlicePatchDataset([0], lambda _: {"image": label, "label": label}, 8, 1, 1)
+    assert positive_weight(data, 8) == (8 - 2) / 2
+    with pytest.raises(ValueError, match="nothing to learn"):
+        positive_weight(SlicePatchDataset([0], lambda _: {"image": label, "label": 0 * label}, 8, 1, 1), 8)
+
+
+def test_volume_detection_counts_failures_outside_the_crop():
+    failures = np.zeros((100, 100, 1), dtype=bool)
+    failures[12, 12] = failures[13, 13] = failures[99, 0] = True
+    painted = np.zeros((100, 100, 1), dtype=np.float32)
+    painted[10:18, 10:18] = 0.7
+    volume = volume_detection(painted, failures, [(10, 90, 10, 90)], 8)
+    assert volume.probability.size == 100 and volume.probability[0] == pytest.approx(0.7)
+    assert volume.failure_voxels[0] == 2 and volume.failure_voxels.sum() == 2
+    assert volume.failure_voxels_outside.tolist() == [1]
+
+
+def test_operating_point_has_the_largest_f2(tmp_path):
+    """The chosen threshold against a search over all thresholds with scikit-learn."""
+    rng = np.random.default_rng(0)
+    cells = rng.random((10, 10))
+    failing = rng.random((10, 10)) < cells**2
+    painted = cells.repeat(8, 0).repeat(8, 1)
+
+    class Inferer:
+        region_size, min_size = 8, 80
+
+        def __call__(self, stacks, network):
+            return torch.from_numpy(painted.astype(np.float32))[None, None, ..., None]
+
+    item = {"image": np.zeros((3, 80, 80, 1), np.float32), "label": failing.repeat(8, 0).repeat(8, 1)[None, ..., None]}
+    file = tmp_path / "point.json"
+    chosen = choose_operating_point(torch.nn.Identity(), [item], Inferer(), torch.device("cpu"), file)
+    score = {t: fbeta_score(failing.ravel(), cells.ravel() >= t - 1e-6, beta=2) for t in [*cells.ravel(), chosen]}
+    assert score[chosen] == pytest.approx(max(score.values()))
+    assert read_json(file)["threshold"] == chosen and read_json(file)["n_volumes"] == 1
