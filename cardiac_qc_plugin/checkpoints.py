@@ -20,9 +20,15 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
         key: (value.detach().cpu().half() if value.is_floating_point() else value.cpu()).contiguous()
         for key, value in network.state_dict().items()
     }
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} has values beyond fp16's range, or NaN: not saved to {path}.")
     temporary = path.with_name(path.name + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
@@ -38,11 +44,11 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("model", state)
+        found = {key: value.shape for key, value in state.items()}
     except Exception as error:
         raise ValueError(f"{path}: not a file of weights ({error}).") from error
-    expected = network.state_dict()
-    wrong = sorted(set(expected) ^ set(state))
-    wrong += [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    expected = {key: value.shape for key, value in network.state_dict().items()}
+    wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
     if wrong:
         raise ValueError(
             f"{path}: these weights belong to another network than {type(network).__name__}: {len(wrong)} of "

@@ -49,8 +49,12 @@ class AutocastInferer(SimpleInferer):
 
 
 def dropout_modules(network: nn.Module) -> list[nn.Module]:
-    """All dropout modules of a network; a scripted module goes by the name of the class it was made from."""
-    return [m for m in network.modules() if getattr(m, "original_name", type(m).__name__) in _DROPOUT]
+    """Modules that drop something; a scripted module goes by the name of the class it was made from."""
+
+    def drops(m: nn.Module) -> bool:
+        return isinstance(m, nn.modules.dropout._DropoutNd) or getattr(m, "original_name", "") in _DROPOUT
+
+    return [m for m in network.modules() if drops(m) and m.p > 0]
 
 
 @contextlib.contextmanager
@@ -131,24 +135,27 @@ class MCDropoutSliceInferer(Inferer):
             )
         inputs = inputs.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
         slices = inputs if inputs.ndim == 4 else inputs.movedim(-1, 1).flatten(0, 1)
-        devices = [inputs.device] if inputs.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seed)
+        cuda = inputs.device.type == "cuda"
+        # not torch.manual_seed, which seeds all devices
+        generator = torch.cuda.default_generators[inputs.device.index] if cuda else torch.default_generator
+        with torch.no_grad(), torch.random.fork_rng(devices=[inputs.device] if cuda else []):
+            generator.manual_seed(self.seed)
             chunks = slices.split(self.sw_batch_size)
-            maps = torch.cat([self._maps(c, network, i / len(chunks), 1 / len(chunks)) for i, c in enumerate(chunks)])
+            maps = torch.cat([self._maps(chunk, network, i, len(chunks)) for i, chunk in enumerate(chunks)])
         if inputs.ndim == 4:
             return maps
         return maps.unflatten(0, (inputs.shape[0], inputs.shape[-1])).movedim(1, -1)
 
-    def _maps(self, slices: torch.Tensor, network: nn.Module, done: float, share: float) -> torch.Tensor:
-        """Channels described in the class for ``(B, C, H, W)`` slices; reports ``done`` to ``done + share``."""
+    def _maps(self, slices: torch.Tensor, network: nn.Module, chunk: int, chunks: int) -> torch.Tensor:
+        """Channels described in the class for ``(B, C, H, W)`` slices; chunk number ``chunk`` of ``chunks``."""
 
         def probabilities() -> torch.Tensor:
             return forward(network, slices, self.amp).softmax(dim=1)
 
         def report(passes: int) -> None:
             if self.progress is not None:
-                self.progress(done + share * passes / (self.samples + 1))
+                each = self.samples + 1
+                self.progress((chunk * each + passes) / (chunks * each))
 
         with sampling(network, active=False):
             deterministic = probabilities()

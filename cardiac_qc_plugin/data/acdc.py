@@ -16,28 +16,37 @@ def read_info(path: Path) -> dict[str, str]:
     Raises:
         ValueError: if an entry that the datalist needs is missing.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
     pairs = (line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     info = {key.strip(): value.strip() for key, value in pairs}
     missing = [key for key in ("ED", "ES", "Group") if key not in info]
     if missing:
         raise ValueError(f"{path}: no entry for {', '.join(missing)}.")
+    for key in ("ED", "ES"):
+        if not info[key].isdigit():
+            raise ValueError(f"{path}: {key} is no frame number: '{info[key]}'.")
     return info
 
 
 def stratified_folds(groups: dict[str, str], folds: int, seed: int) -> dict[str, int]:
-    """Fold of each patient: each disease group is shuffled and dealt out in turn, patients of one scan together."""
+    """Fold of each patient: each group is shuffled, and each patient goes where his group has the fewest so far."""
     rng = np.random.default_rng(seed)
-    twin = {second: first for first, second in SAME_SCAN if first in groups}
+    twin = {first: second for first, second in SAME_SCAN if first in groups and second in groups}
     result: dict[str, int] = {}
+    totals = [0] * folds
     for group in sorted(set(groups.values())):
-        members = [p for p in sorted(groups) if groups[p] == group and p not in twin]
-        free = [fold for _ in range(-(-len(members) // folds) + 1) for fold in range(folds)]
-        for patient in rng.permutation(members):
-            result[str(patient)] = free.pop(0)
-            for second, first in twin.items():
-                if first == patient and second in groups:
-                    result[second] = result[first]
-                    free.remove(result[first])  # the twin takes that fold's next place
+        members = [p for p in sorted(groups) if groups[p] == group and p not in twin.values()]
+        order = rng.permutation(members).tolist()
+        for first in twin.keys() & set(order):  # in the first half, so that the others can even it out
+            order.insert(min(order.index(first), len(order) // 2), order.pop(order.index(first)))
+        sizes = [0] * folds
+        for patient in order:
+            fold = min((sizes[f], totals[f], f) for f in range(folds))[2]
+            for name in (patient, twin[patient]) if patient in twin else (patient,):
+                result[name] = fold
+                sizes[fold] += 1
+                totals[fold] += 1
     return result
 
 
@@ -68,7 +77,8 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
         raise ValueError(
             f"Choose 2 or more folds with split 'stratified', or 4 with 'released_code'; got {folds} and '{split}'."
         )
-    infos = {path.parent.name: read_info(path) for path in sorted(root.glob("patient*/Info.cfg"))}
+    folders = sorted(path for path in root.glob("patient*") if path.is_dir())
+    infos = {folder.name: read_info(folder / "Info.cfg") for folder in folders}
     if not infos:
         raise ValueError(f"{root}: no patientNNN/Info.cfg. Give the folder that holds ACDC's patient folders.")
     groups = {patient: info["Group"] for patient, info in infos.items()}

@@ -12,8 +12,8 @@ __all__ = ["DilatedCNN"]
 class DilatedCNN(nn.Module):
     """Ten convolutions, eight of them dilated, with dropout after all but the last one.
 
-    The convolutions are valid, as in the paper; the module zero-pads its input on every side by half of the
-    receptive field (65 pixels by default), so that the logits lie on the input's grid, whatever its size.
+    The convolutions are valid, as in the paper; the module zero-pads its input on every side by the sum of
+    the dilations (65 pixels by default), so that the logits lie on the input's grid, whatever its size.
 
     Args:
         in_channels: channels of the input.

@@ -24,9 +24,9 @@ def check_spacing(spacing: Sequence[float], name: str) -> None:
     listed = " x ".join(f"{size:g}" for size in spacing)
     if not all(np.isfinite(size) and size > 0 for size in spacing):
         raise ValueError(f"{name}: the voxel size of {listed} mm is not positive. Correct the header's pixdim.")
-    if np.allclose(spacing, 1.0):
+    if np.isclose(spacing[2], 1.0):  # what nibabel puts for a size of 0, too
         raise ValueError(
-            f"{name}: the header says 1 x 1 x 1 mm, so the true voxel size was lost: short-axis slices are "
+            f"{name}: the header says {listed} mm, so the true voxel size was lost: short-axis slices are "
             "5 to 10 mm apart. Write the scan's voxel size into the header (pixdim and affine)."
         )
 
@@ -52,7 +52,7 @@ class CheckScan(Transform):
         if image.ndim != 4 or image.shape[0] != 1:
             raise ValueError(
                 f"{name}: expected one 3-D stack of slices, got an image of shape {tuple(image.shape[1:])} with "
-                f"{image.shape[0]} channel(s). Give one phase of a cine at a time."
+                f"{image.shape[0]} channel(s). A cine has to be given one phase at a time."
             )
         if not bool(torch.isfinite(image).all()):
             count = int((~torch.isfinite(image)).sum())

@@ -127,6 +127,8 @@ class SplitUncertaintyd(MapTransform):
         for key in self.key_iterator(d):
             tensor = d[key]
             classes = tensor.shape[0] // 2 - 1
+            if classes < 1 or tensor.shape[0] % 2:
+                raise ValueError(f"Expected 2 C + 2 channels for C classes, got {tensor.shape[0]}.")
             parts = tensor.split([classes, 1, 1, classes])
             for name, part in zip((key, "bmap", "emap", "votes"), parts, strict=True):
                 d[name] = convert_to_tensor(part, track_meta=True)  # Invertd passes other tensors by

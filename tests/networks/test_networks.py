@@ -212,6 +212,7 @@ def test_outputs_are_logits(make):
 
 
 def test_drn_upsamples_the_classifiers_logits():
+    """By 8 exactly, cropped to the input: a size that is no multiple of 8 does not stretch the grid."""
     network = settle(DilatedResNet22()).double()
     x = input_for(network, (40, 27)).double()
     with torch.no_grad():
@@ -220,7 +221,7 @@ def test_drn_upsamples_the_classifiers_logits():
         # bilinear interpolation by hand, half-pixel centers, along each axis in turn
         for axis, size in ((2, 40), (3, 27)):
             n = coarse.shape[axis]
-            position = ((torch.arange(size, dtype=torch.float64) + 0.5) * n / size - 0.5).clamp(0, n - 1)
+            position = ((torch.arange(size, dtype=torch.float64) + 0.5) / 8 - 0.5).clamp(0, n - 1)
             low = position.floor().long().clamp(max=n - 1)
             high = (low + 1).clamp(max=n - 1)
             share = (position - low).view([-1 if a == axis else 1 for a in range(4)])
