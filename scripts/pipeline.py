@@ -66,6 +66,7 @@ def run(
     device: str = "auto",
     threshold: float | None = None,
     root: str | None = None,
+    fold: int | None = None,
     bundle_dir: str | None = None,
 ) -> None:
     """Segment scans and flag the regions where the segmentation probably failed.
@@ -79,12 +80,13 @@ def run(
         device: auto, cpu, cuda, cuda:1, ...
         threshold: failure probability from which a region is flagged, instead of the bundle's operating point.
         root: folder that the paths in a datalist are relative to.
+        fold: only this fold of a datalist.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
     from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input, root)
+    scans = find_scans(input, root, fold)
     segmenter = _segmenter(model, map, samples, device, bundle_dir)
     detector = _detector(model, map, device, bundle_dir, threshold)
     _summary(run_workflow(scans, output, segmenter, detector), output)
@@ -98,6 +100,7 @@ def segment(
     samples: int = 10,
     device: str = "auto",
     root: str | None = None,
+    fold: int | None = None,
     bundle_dir: str | None = None,
 ) -> None:
     """Segment scans with both uncertainty maps, without detection: what a detector is trained on.
@@ -110,12 +113,13 @@ def segment(
         samples: Monte Carlo samples T.
         device: auto, cpu, cuda, cuda:1, ...
         root: folder that the paths in a datalist are relative to.
+        fold: only this fold of a datalist.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
     from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input, root)
+    scans = find_scans(input, root, fold)
     cases = run_workflow(scans, output, _segmenter(model, map, samples, device, bundle_dir), None)
     print(f"{len(cases)} scan(s) segmented in {output}.")
 

@@ -29,7 +29,7 @@ class Scan:
     frame: int | None = None
 
 
-def find_scans(path: str | Path, root: str | Path | None = None) -> list[Scan]:
+def find_scans(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> list[Scan]:
     """Scans behind a path, in order.
 
     Args:
@@ -37,6 +37,7 @@ def find_scans(path: str | Path, root: str | Path | None = None) -> list[Scan]:
             references (``*_gt``) are left out, and so are 4-D files (``*_4d``) whose frames lie beside them, as in
             ACDC; or a MONAI datalist (``.json``).
         root: folder that the paths of a datalist are relative to; the datalist's own folder by default.
+        fold: take the items of this fold of a datalist only.
 
     Raises:
         ValueError: if nothing is there, or no file in it is a scan.
@@ -48,7 +49,7 @@ def find_scans(path: str | Path, root: str | Path | None = None) -> list[Scan]:
         if not files:
             raise ValueError(f"{path}: no NIfTI file (.nii, .nii.gz) in this folder or below it.")
     elif path.suffix == ".json" and path.is_file():
-        files = datalist_files(path, path.parent if root is None else Path(root))
+        files = datalist_files(path, path.parent if root is None else Path(root), fold)
     elif path.is_file():
         files = [path]
     else:
@@ -72,16 +73,21 @@ def has_frames(file: Path) -> bool:
     return name.endswith("_4d") and any(file.parent.glob(f"{name.removesuffix('_4d')}_frame*"))
 
 
-def datalist_files(path: Path, root: Path) -> list[Path]:
-    """Images of all lists of a datalist."""
+def datalist_files(path: Path, root: Path, fold: int | None) -> list[Path]:
+    """Images of all lists of a datalist, or those of one fold."""
     try:
         lists = json.loads(path.read_text())
         items = [item for value in lists.values() if isinstance(value, list) for item in value]
-        return [root / (item if isinstance(item, str) else item["image"]) for item in items]
+        if fold is not None:
+            items = [item for item in items if item.get("fold") == fold]
+        files = [root / (item if isinstance(item, str) else item["image"]) for item in items]
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not a MONAI datalist, which is a JSON object of lists of items ({error!r})."
         ) from error
+    if not files:
+        raise ValueError(f"{path}: no item" + ("." if fold is None else f" in fold {fold}."))
+    return files
 
 
 def phases(name: str, file: Path) -> list[Scan]:

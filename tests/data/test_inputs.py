@@ -59,6 +59,15 @@ def test_datalist_is_relative_to_its_folder(tmp_path):
     assert scan.path == (tmp_path / "sub" / "heart_ed.nii.gz").resolve()
 
 
+def test_one_fold_of_a_datalist(tmp_path):
+    write_phantom(tmp_path, "heart", TINY, with_labels=False)
+    items = [{"image": "heart_ed.nii.gz", "fold": 0}, {"image": "heart_es.nii.gz", "fold": 1}]
+    (tmp_path / "list.json").write_text(json.dumps({"training": items}))
+    assert [scan.case for scan in find_scans(tmp_path / "list.json", fold=1)] == ["heart_es"]
+    with pytest.raises(ValueError, match="no item in fold 7"):
+        find_scans(tmp_path / "list.json", fold=7)
+
+
 def test_hold_out_keeps_patients_together_and_groups_balanced():
     rng = np.random.default_rng(0)
     items = [
