@@ -3,6 +3,7 @@
 from .correction import EditReport, SimulateCorrection, SimulateCorrectiond, apply_edits, simulate_correction
 from .failure_labels import FailureCriterion, FailureLabel, FailureLabeld, failure_mask
 from .regions import (
+    CropAroundSegmentationd,
     FlagRegionsd,
     RegionLabelsd,
     crop_box,
@@ -32,6 +33,7 @@ __all__ = [
     "BayesianMapd",
     "CheckScan",
     "CheckScand",
+    "CropAroundSegmentationd",
     "EditReport",
     "FailureCriterion",
     "FailureLabel",

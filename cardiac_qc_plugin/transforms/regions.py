@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import MapTransform
+from monai.transforms import Crop, InvertibleTransform, MapTransform, Pad
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
 Box = tuple[int, int, int, int]
@@ -212,6 +212,52 @@ def flagged_region_map(
         place = {"slice": index, "row0": row0, "row1": row1, "col0": col0, "col1": col1}
         records.append({"id": number, **place, "probability": -negative})
     return region_map, records
+
+
+class CropAroundSegmentationd(MapTransform, InvertibleTransform):
+    """Cut the detector's crop out of slices, see `crop_box`; MONAI's own pad and crop keep the affine right.
+
+    The inverse returns to the slice's grid, with zeros outside the crop.
+
+    Args:
+        keys: slices (C, H, W) to cut.
+        segmentation_key: the automatic labels (1, H, W); may be among the keys.
+        region_size: side of a cell in pixels.
+        min_size: smallest side of the crop in pixels.
+        allow_missing_keys: skip slices that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        segmentation_key: str,
+        region_size: int = 8,
+        min_size: int = 80,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.segmentation_key = segmentation_key
+        self.region_size = region_size
+        self.min_size = min_size
+        self.pad, self.crop = Pad(), Crop()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        labels = convert_to_numpy(d[self.segmentation_key])[0]
+        box = crop_box(labels, self.region_size, self.min_size)
+        before = [max(-box[0], 0), max(-box[2], 0)]
+        after = [max(box[1] - labels.shape[0], 0), max(box[3] - labels.shape[1], 0)]
+        rows, cols = (slice(box[2 * i] + before[i], box[2 * i + 1] + before[i]) for i in range(2))
+        for key in self.key_iterator(d):
+            padded = self.pad(d[key], to_pad=[(0, 0), *zip(before, after, strict=True)])
+            d[key] = self.crop(padded, slices=(rows, cols))
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):  # what to undo is recorded in the slice
+            d[key] = self.pad.inverse(self.crop.inverse(d[key]))
+        return d
 
 
 class RegionLabelsd(MapTransform):
