@@ -27,6 +27,13 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
     return folder
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised first: MONAI wraps an error once for each level it passes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 class BundlePredictor:
     """Runs the parts of a bundle's ``configs/inference.json`` on one case after another, without writing files.
 
@@ -76,7 +83,10 @@ class BundlePredictor:
         self.postprocessing = Compose([step for step in steps if not isinstance(step, SaveImage | SaveImaged)])
 
     def _get(self, key: str) -> Any:
-        return self.config.get_parsed_content(key)
+        try:
+            return self.config.get_parsed_content(key)
+        except RuntimeError as error:
+            raise ValueError(f"bundle {self.name}, {key}: {root_cause(error)}") from error
 
     def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
         """Predict one case.
@@ -92,11 +102,8 @@ class BundlePredictor:
         """
         try:
             data = self.preprocessing(case)
-        except RuntimeError as error:  # MONAI wraps what a transform raised, once for each level
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            raise ValueError(str(cause)) from error
+        except RuntimeError as error:
+            raise ValueError(str(root_cause(error))) from error
         data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
         with torch.no_grad():
             return self.postprocessing(data)

@@ -10,6 +10,7 @@
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
+import json
 import sys
 
 
@@ -31,6 +32,12 @@ def _detector(model: str, map: str, device: str, bundle_dir: str | None, thresho
 
     settings = {} if threshold is None else {"threshold": threshold}
     folder = find_bundle("cardiac_segmentation_failure", bundle_dir)
+    available = json.loads((folder / "configs" / "inference.json").read_text())["detectors"]
+    if f"{model}_{map}" not in available:
+        raise ValueError(
+            f"The failure bundle has no detector for --model {model} --map {map}, but for {', '.join(available)}. "
+            "Train one with the bundle's train.json."
+        )
     return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)
 
 
@@ -84,12 +91,20 @@ def run(
         bundle_dir: folder of the bundles, instead of the repository's.
     """
     from cardiac_qc_plugin.data.inputs import find_scans
+    from cardiac_qc_plugin.workflows.run import CaseFailures
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
+    if map == "bmap" and samples < 2:
+        raise ValueError(f"The b-map needs 2 --samples or more, got {samples}. Without sampling, use --map emap.")
     scans = find_scans(input, root, fold)
     segmenter = _segmenter(model, map, samples, device, bundle_dir)
     detector = _detector(model, map, device, bundle_dir, threshold)
-    _summary(run_workflow(scans, output, segmenter, detector), output)
+    try:
+        cases = run_workflow(scans, str(output), segmenter, detector)
+    except CaseFailures as failures:
+        _summary(failures.cases, output)
+        raise
+    _summary(cases, output)
 
 
 def segment(
@@ -120,7 +135,7 @@ def segment(
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     scans = find_scans(input, root, fold)
-    cases = run_workflow(scans, output, _segmenter(model, map, samples, device, bundle_dir), None)
+    cases = run_workflow(scans, str(output), _segmenter(model, map, samples, device, bundle_dir), None)
     print(f"{len(cases)} scan(s) segmented in {output}.")
 
 

@@ -128,7 +128,7 @@ def test_segmentation_trains(bundle, overrides, acdc_like, tmp_path):
     assert 0 <= workflow.parser.get_parsed_content("validate#evaluator").state.metrics["val_mean_dice"] <= 1
     fresh = workflow.parser.get_parsed_content("network_def")
     load_weights(fresh, tmp_path / "model.pt")
-    assert not (tmp_path / "resume").exists()
+    assert not list(tmp_path.glob("resume*"))
 
 
 def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_path):
@@ -144,10 +144,14 @@ def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_
 
 
 def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
+    """Stopped after two of three epochs, it goes on with the third; with other settings it starts anew."""
     monkeypatch.setattr("shutil.rmtree", lambda path: None)
-    overrides = {"patch_size": 32, "val_interval": 100}
-    train("cardiac_dn_segmentation", acdc_like, tmp_path, iterations=2, **overrides)
-    workflow, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path, iterations=3, **overrides)
+    overrides = {"patch_size": 32, "val_interval": 100, "iterations": 3}
+    train("cardiac_dn_segmentation", acdc_like, tmp_path, **overrides, **{"train#trainer#max_epochs": 2})
+    other, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path / "other", fold=1, **overrides)
+    assert other.parser.get_parsed_content("resume_files") == []
+    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_3")
+    workflow, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path, **overrides)
     trainer = workflow.parser.get_parsed_content("train#trainer")
     steps = workflow.parser.get_parsed_content("optimizer").state_dict()["state"][0]["step"]
     assert trainer.state.iteration == 3 and int(steps) == 3

@@ -34,8 +34,8 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
 
     Args:
         path: a NIfTI file (3-D, or 4-D with phases last); a folder, searched through all its subfolders, in which
-            references (``*_gt``) are left out, and so are 4-D files (``*_4d``) whose frames lie beside them, as in
-            ACDC; or a MONAI datalist (``.json``).
+            references (``*_gt``) are left out, and so are results of the pipeline, and 4-D files (``*_4d``) whose
+            frames lie beside them, as in ACDC; or a MONAI datalist (``.json``).
         root: folder that the paths of a datalist are relative to; the datalist's own folder by default.
         fold: take the items of this fold of a datalist only.
 
@@ -45,7 +45,7 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
     path = Path(path)
     if path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.name.endswith(SUFFIXES) and not f.name.startswith(".")]
-        files = [f for f in files if not case_name(f).endswith("_gt") and not has_frames(f)]
+        files = [f for f in files if not case_name(f).endswith("_gt") and not has_frames(f) and not is_result(f, path)]
         if not files:
             raise ValueError(f"{path}: no NIfTI file (.nii, .nii.gz) in this folder or below it.")
     elif path.suffix == ".json" and path.is_file():
@@ -65,6 +65,12 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")
     return scans
+
+
+def is_result(file: Path, root: Path) -> bool:
+    """Whether a file below ``root`` was written by a stage of the pipeline."""
+    folders = [folder for folder in file.parents if folder.is_relative_to(root)]
+    return any((folder / record).is_file() for folder in folders for record in ("qc.json", "correction.json"))
 
 
 def has_frames(file: Path) -> bool:

@@ -1,7 +1,10 @@
 """Datalist items that point at the files a segmentation left behind."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from .acdc import SAME_SCAN
 
 __all__ = ["MAP_FILES", "case_name", "hold_out", "with_predictions"]
 
@@ -22,7 +25,8 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path, map: st
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
 
     Raises:
-        ValueError: for an unknown map, or if a file is missing; the message names the first one.
+        ValueError: for an unknown map, if a file is missing, or if the segmentation was made to go with the other map
+            or with too few samples for a b-map; the message names the file.
     """
     if map not in MAP_FILES:
         raise ValueError(f"Unknown uncertainty map '{map}': choose one of {sorted(MAP_FILES)}.")
@@ -36,8 +40,21 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path, map: st
                     f"{path} is missing. Segment the images first: "
                     f"python scripts/pipeline.py segment --input ... --output {predictions_dir}"
                 )
+        check_made_for(folder / "qc.json", map)
         result.append({**item, **{key: str(path) for key, path in files.items()}})
     return result
+
+
+def check_made_for(record: Path, map: str) -> None:
+    """Refuse predictions whose record says that their segmentation does not go with the map."""
+    if not record.is_file():
+        return
+    made = json.loads(record.read_text())["segmentation"]
+    if made["map"] != map or (map == "bmap" and made["samples"] < 2):
+        raise ValueError(
+            f"{record}: segmented for the {made['map']} with {made['samples']} samples, which does not go with the "
+            f"{map}. Segment with --map {map}" + (" and two samples or more." if map == "bmap" else ".")
+        )
 
 
 def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[dict]]:
@@ -53,8 +70,10 @@ def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[di
     Returns:
         Training items and validation items.
     """
+    twin = {second: first for first, second in SAME_SCAN}
     patients = sorted({(item["meta"]["group"], item["meta"]["patient"]) for item in items})
-    held = {name for _, name in patients[every // 2 :: every]}
+    held = {name for _, name in [p for p in patients if p[1] not in twin][every // 2 :: every]}
+    held |= {second for second, first in twin.items() if first in held}
     return (
         [item for item in items if item["meta"]["patient"] not in held],
         [item for item in items if item["meta"]["patient"] in held],

@@ -50,7 +50,8 @@ class PatchAugmentation:
         """Patches of ``patch`` pixels from the middle of larger ones.
 
         Args:
-            image: ``(B, C, N, N)`` with ``N = patch + 2 * margin``; the first channel's intensities change.
+            image: ``(B, C, N, N)`` with ``N = patch + 2 * margin``: scan, whose intensities change, and possibly an
+                uncertainty map and a segmentation, whose label numbers are not interpolated.
             label: ``(B, 1, N, N)``.
             patch: edge of the result in pixels.
             generator: source of the random numbers.
@@ -61,7 +62,9 @@ class PatchAugmentation:
         cos, sin, zero = torch.cos(angle) * zoom, torch.sin(angle) * zoom, torch.zeros(count)
         theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
         grid = F.affine_grid(theta, [count, 1, patch, patch], align_corners=False)
-        image = F.grid_sample(image, grid, mode="bilinear", align_corners=False)
+        channels = F.grid_sample(image[:, :2], grid, mode="bilinear", align_corners=False)
+        labels = F.grid_sample(image[:, 2:], grid, mode="nearest", align_corners=False)
+        image = torch.cat([channels, labels], dim=1)
         label = F.grid_sample(label, grid, mode="nearest", align_corners=False)
         gamma = torch.exp(uniform(generator, count, *(math.log(g) for g in self.gamma)))
         shift = uniform(generator, count, -self.brightness, self.brightness)

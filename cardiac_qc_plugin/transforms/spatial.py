@@ -43,7 +43,8 @@ class CheckScan(Transform):
     ACDC the affine says 1 mm), so the affine can be trusted here.
 
     Raises:
-        ValueError: for another shape than ``(1, H, W, D)``, NaN or infinite voxels, a constant image, or a voxel size
+        ValueError: for another shape than ``(1, H, W, D)``, NaN or infinite voxels, an image that is constant
+            (its 1st and 99th percentile are the same), or a voxel size
             that is zero or 1 x 1 x 1 mm.
     """
 
@@ -57,8 +58,9 @@ class CheckScan(Transform):
         if not bool(torch.isfinite(image).all()):
             count = int((~torch.isfinite(image)).sum())
             raise ValueError(f"{name}: {count} voxels are NaN or infinite. Repair or re-export the scan.")
-        if float(image.max()) == float(image.min()):
-            raise ValueError(f"{name}: every voxel is {float(image.max()):g}. The file holds no image.")
+        low, high = np.percentile(image.numpy(), (1, 99))
+        if low == high:
+            raise ValueError(f"{name}: at least 98 % of the voxels are {low:g}. The file holds no image.")
         check_spacing(spacing_of(image), name)
         return image
 

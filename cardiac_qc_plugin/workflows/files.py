@@ -15,6 +15,7 @@ from nibabel.openers import ImageOpener
 from cardiac_qc_plugin.transforms.spatial import check_spacing
 
 __all__ = [
+    "OutputError",
     "Volume",
     "case_folders",
     "file_sha256",
@@ -79,6 +80,10 @@ def read_volume(path: str | Path, frame: int | None = None) -> Volume:
     return Volume(data, spacing, image)
 
 
+class OutputError(OSError):
+    """A result could not be written: the folder cannot be written to, or the disk is full."""
+
+
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write under a temporary name in the same folder, then rename; nothing is left behind on failure."""
     temporary = path.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix decides nibabel's compression
@@ -87,7 +92,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        raise OutputError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
 

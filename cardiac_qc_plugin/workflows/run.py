@@ -20,11 +20,10 @@ from cardiac_qc_plugin.metrics.clinical import structure_volumes
 from cardiac_qc_plugin.reports import write_report
 from cardiac_qc_plugin.reports.pictures import write_pictures
 
-from .files import Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
+from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
 
 __all__ = ["CaseFailures", "run"]
 
-STAGES = ("segmentation", "detection")
 MapFiles = dict[str, tuple[str, type]]  # entry of a bundle's result: file, and type of its voxels
 SEGMENT_FILES: MapFiles = {
     "pred": ("segmentation.nii.gz", np.uint8),
@@ -35,6 +34,7 @@ DETECT_FILES: MapFiles = {
     "pred": ("failure_probability.nii.gz", np.float32),
     "regions": ("failure_regions.nii.gz", np.uint16),
 }
+STAGES = {"segmentation": SEGMENT_FILES, "detection": DETECT_FILES}
 
 
 class CaseFailures(RuntimeError):
@@ -42,10 +42,12 @@ class CaseFailures(RuntimeError):
 
     Args:
         failures: (case, reason) of each.
+        cases: content of ``qc.json`` of the others.
     """
 
-    def __init__(self, failures: list[tuple[str, str]]) -> None:
+    def __init__(self, failures: list[tuple[str, str]], cases: list[dict[str, Any]]) -> None:
         self.failures = failures
+        self.cases = cases
         lines = "\n".join(f"  {case}: {reason}" for case, reason in failures)
         super().__init__(f"{len(failures)} case(s) could not be processed:\n{lines}")
 
@@ -92,35 +94,33 @@ def detect(folder: Path, image: Path, volume: Volume, bundle: BundlePredictor) -
 def scores(segmentation: dict[str, Any], detection: dict[str, Any]) -> dict[str, float]:
     """How urgent a scan is; higher is more urgent.
 
-    ``sample_disagreement`` is 1 - the mean pairwise Dice of the samples over the structures found, 1 if none was found;
-    it needs two samples or more, and orders the worklist where it exists. ``region_failure`` is the expected number
-    of failing regions.
+    ``sample_disagreement`` is 1 - the mean pairwise Dice of the samples over the structures, 0 for a structure that no
+    sample found; it needs two samples or more, and orders the worklist where it exists. ``region_failure`` is the
+    expected number of failing regions.
     """
-    agreement = [value for value in segmentation["pairwise_dice"].values() if value is not None]
+    agreement = [value or 0.0 for value in segmentation["pairwise_dice"].values()]
     result = {"region_failure": detection["expected_failing_regions"]}
     if segmentation["samples"] > 1:
-        result["sample_disagreement"] = 1.0 - float(np.mean(agreement)) if agreement else 1.0
+        result["sample_disagreement"] = 1.0 - float(np.mean(agreement))
     return {**result, "urgency": result.get("sample_disagreement", result["region_failure"])}
 
 
 class CaseRecord:
     """The ``qc.json`` of a case: what its files were made from.
 
-    The entries of a stage and those after it are removed from the file before the stage starts; its own comes back
-    when its files are complete. So an interrupted stage never counts as done.
+    The entries and files of a stage and those after it are removed before the stage starts; its entry comes back when
+    its files are complete. So an interrupted stage never counts as done, and no later stage reads what is out of date.
 
     Args:
         folder: the case's folder.
-        basics: entries that do not come from a stage.
     """
 
-    def __init__(self, folder: Path, basics: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "qc.json"
         self.qc: dict[str, Any] = {"stages": {}}
         if self.path.is_file():
             self.qc |= read_json(self.path)
-        self.qc |= basics
 
     def stage(
         self, name: str, digest: str, files: MapFiles, bundle: BundlePredictor, work: Callable[[], dict[str, Any]]
@@ -129,23 +129,32 @@ class CaseRecord:
         present = all((self.folder / file).is_file() for file, _ in files.values())
         if present and self.qc["stages"].get(name, {}).get("digest") == digest:
             return self.qc[name]
-        for later in STAGES[STAGES.index(name) :]:
-            self.qc["stages"].pop(later, None)
-            self.qc.pop(later, None)
-        self.qc.pop("scores", None)
-        if self.path.is_file():
-            write_json(self.path, self.qc)
+        self.invalidate(name)
         start = time.perf_counter()
         made_by = {"bundle": bundle.name, "bundle_version": bundle.version, "weights_sha256": bundle.weights_sha256}
         self.qc[name] = {**made_by, **work()}
+        self.qc["versions"] = {"cardiac_qc_plugin": __version__, "monai": version("monai"), "torch": version("torch")}
         self.qc["stages"][name] = {"digest": digest, "seconds": round(time.perf_counter() - start, 3)}
         write_json(self.path, self.qc)
         return self.qc[name]
 
+    def invalidate(self, name: str) -> None:
+        """Forget a stage and those after it: their entries first, then their files."""
+        later = list(STAGES)[list(STAGES).index(name) :]
+        for stage in later:
+            self.qc["stages"].pop(stage, None)
+            self.qc.pop(stage, None)
+        self.qc.pop("scores", None)
+        if self.path.is_file():
+            write_json(self.path, self.qc)
+        for stage in later:
+            for file, _ in STAGES[stage].values():
+                (self.folder / file).unlink(missing_ok=True)
+
     def complete(self, entries: dict[str, Any]) -> dict[str, Any]:
-        """Add what follows from the stages, and write."""
-        if any(self.qc.get(key) != value for key, value in entries.items()):
-            self.qc |= entries
+        """Add what does not belong to a stage, and write if that changes the file."""
+        self.qc |= entries
+        if read_json(self.path) != self.qc:
             write_json(self.path, self.qc)
         return self.qc
 
@@ -153,7 +162,12 @@ class CaseRecord:
 def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: BundlePredictor | None) -> dict[str, Any]:
     """The stages for one scan; one whose result is there is skipped. Returns the content of ``qc.json``."""
     folder = output / scan.case
-    volume = read_volume(scan.path, scan.frame)
+    record = CaseRecord(folder)
+    try:
+        volume = read_volume(scan.path, scan.frame)
+    except ValueError:
+        record.invalidate("segmentation")  # results of an earlier, readable file
+        raise
     image = scan.path if scan.frame is None else folder / "image.nii.gz"
     source = {
         "path": str(scan.path),
@@ -162,17 +176,16 @@ def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: Bun
         "shape": list(volume.data.shape),
         "spacing_mm": list(volume.spacing),
     }
-    versions = {"cardiac_qc_plugin": __version__, "monai": version("monai"), "torch": version("torch")}
-    record = CaseRecord(folder, {"case": scan.case, "input": source, "versions": versions})
+    basics = {"case": scan.case, "input": source}
     key = digest(__version__, source["sha256"], scan.frame, segmenter.digest)
     segmentation = record.stage(
         "segmentation", key, SEGMENT_FILES, segmenter, lambda: segment(scan, folder, image, volume, segmenter)
     )
     if detector is None:
-        return record.qc
+        return record.complete(basics)
     key = digest(key, detector.digest)
     detection = record.stage("detection", key, DETECT_FILES, detector, lambda: detect(folder, image, volume, detector))
-    qc = record.complete({"scores": scores(segmentation, detection)})
+    qc = record.complete({**basics, "scores": scores(segmentation, detection)})
     write_pictures(folder)
     return qc
 
@@ -225,7 +238,7 @@ def each_scan(
             segmenter.inferer.progress = advance
             try:
                 cases.append(run_case(scan, output, segmenter, detector))
-            except OSError:  # the output cannot be written: no later case could be either
+            except OutputError:  # no later case could be written either
                 raise
             except ValueError as error:
                 failures.append((scan.case, str(error)))
@@ -264,5 +277,5 @@ def run(
         write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
         write_report(output, cases, failures)
     if failures:
-        raise CaseFailures(failures)
+        raise CaseFailures(failures, cases)
     return cases

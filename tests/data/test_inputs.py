@@ -82,6 +82,27 @@ def test_hold_out_keeps_patients_together_and_groups_balanced():
     assert sorted(i["meta"]["group"] for i in validation) == sorted("ABCDE" * 6)
 
 
+def test_hold_out_keeps_the_scan_that_occurs_twice_together():
+    items = [{"meta": {"patient": f"patient{n:03d}", "group": "NOR"}} for n in range(60, 80)]
+    for every in range(2, 8):
+        training, _ = hold_out(items, every)
+        names = {item["meta"]["patient"] for item in training}
+        assert ("patient074" in names) == ("patient076" in names)
+
+
+def test_predictions_for_the_other_map(tmp_path):
+    folder = tmp_path / "case1"
+    folder.mkdir()
+    for name in ("segmentation", "bayesian", "entropy"):
+        (folder / f"{name}.nii.gz").write_text("")
+    items = [{"image": "x/case1.nii.gz"}]
+    assert with_predictions(items, tmp_path, "emap")[0]["uncertainty"].endswith("entropy.nii.gz")
+    (folder / "qc.json").write_text(json.dumps({"segmentation": {"map": "bmap", "samples": 10}}))
+    with pytest.raises(ValueError, match="segmented for the bmap"):
+        with_predictions(items, tmp_path, "emap")
+    assert with_predictions(items, tmp_path, "bmap")
+
+
 def test_predictions_that_are_missing(tmp_path):
     with pytest.raises(ValueError, match=r"case1.*segmentation\.nii\.gz is missing"):
         with_predictions([{"image": "x/case1.nii.gz"}], tmp_path, "bmap")

@@ -19,7 +19,7 @@ from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.networks import DilatedCNN, DilatedResNet22, FailureResNet
 from cardiac_qc_plugin.workflows import files
-from cardiac_qc_plugin.workflows.run import CaseFailures, run
+from cardiac_qc_plugin.workflows.run import CaseFailures, run, scores
 
 ROOT = Path(__file__).parents[2]
 FILES = ("segmentation", "entropy", "bayesian", "failure_probability", "failure_regions")
@@ -113,6 +113,11 @@ def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_
     (qc,) = run(find_scans(scan), tmp_path, predictors[0], detector)
     assert maps.stat().st_mtime_ns == first  # the segmentation still holds
     assert qc["detection"]["threshold"] == 0.01
+    other = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", samples=3, amp=False)
+    (qc,) = run(find_scans(scan), tmp_path, other, None)
+    assert "detection" not in qc and "scores" not in qc
+    assert not (tmp_path / "oblique" / "failure_regions.nii.gz").exists()  # they belonged to another segmentation
+    run(find_scans(scan), tmp_path, *predictors)
     maps.unlink()
     run(find_scans(scan), tmp_path, *predictors)
     assert maps.is_file()
@@ -130,9 +135,27 @@ def test_an_interrupted_stage_does_not_count_as_done(scan, bundles, predictors, 
         run(find_scans(scan), tmp_path, other, predictors[1])
     monkeypatch.undo()
     maps = tmp_path / "oblique" / "bayesian.nii.gz"
-    before = maps.stat().st_mtime_ns
+    assert not maps.exists()
     (qc,) = run(find_scans(scan), tmp_path, *predictors)
-    assert qc["segmentation"]["samples"] == 2 and maps.stat().st_mtime_ns > before
+    assert qc["segmentation"]["samples"] == 2 and maps.is_file()
+
+
+def test_results_of_a_scan_that_broke_meanwhile_are_removed(predictors, tmp_path):
+    source = tmp_path / "scan.nii.gz"
+    save(source, stack())
+    run(find_scans(source), tmp_path / "out", *predictors)
+    source.write_text("no image")
+    with pytest.raises(CaseFailures):
+        run(find_scans(source), tmp_path / "out", *predictors)
+    assert not (tmp_path / "out" / "scan" / "segmentation.nii.gz").exists()
+
+
+def test_a_structure_that_no_sample_found_is_urgent():
+    detection = {"expected_failing_regions": 3.0}
+    found = scores({"samples": 10, "pairwise_dice": {"RV": 0.9, "LVM": 0.9, "LV": 0.9}}, detection)
+    lost = scores({"samples": 10, "pairwise_dice": {"RV": None, "LVM": 0.95, "LV": 0.95}}, detection)
+    assert found["urgency"] == pytest.approx(0.1) and lost["urgency"] > 0.3
+    assert scores({"samples": 0, "pairwise_dice": {}}, detection)["urgency"] == 3.0
 
 
 def test_same_seed_same_maps(scan, predictors, tmp_path):
@@ -208,7 +231,7 @@ BROKEN = {
     "flat": (lambda path: save(path, stack(shape=(64, 64)), (1.5, 1.5)), "3-D"),
     "nan": (write_nan, "NaN or infinite"),
     "inf": (write_inf, "NaN or infinite"),
-    "constant": (lambda path: save(path, np.full((64, 64, 2), 7, np.int16)), "every voxel is 7"),
+    "constant": (lambda path: save(path, np.full((64, 64, 2), 7, np.int16)), "98 % of the voxels are 7"),
     "unit_spacing": (lambda path: save(path, stack(), (1.0, 1.0, 1.0)), "1 x 1 x 1 mm"),
     "zero_spacing": (write_zero_spacing, "not positive"),
 }
@@ -296,6 +319,17 @@ def test_command_line(bundles, tmp_path):
     done = command("run", "--input", tmp_path / "acdc", "--output", tmp_path / "out", *settings)
     assert done.returncode == 1
     assert "broken.nii.gz: not a NIfTI image" in done.stderr and "Traceback" not in done.stderr
+    assert "2 scan(s)" in done.stdout  # the sound ones
+    again = find_scans(tmp_path)
+    assert {scan.case for scan in again} == {"patient001_frame01", "patient001_frame11", "broken"}
+    for settings_, message in (
+        (("--model", "unet"), "no detector for --model unet"),
+        (("--model", "dn", "--samples", 1), "2 --samples or more"),
+        (("--model", "dn", "--device", "gpu"), "device"),
+    ):
+        arguments = ("--input", tmp_path / "acdc", "--output", tmp_path / "out", "--bundle_dir", bundles)
+        failed = command("run", *arguments, *settings_)
+        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
     done = command("run", "--input", tmp_path / "nothing", "--output", tmp_path / "out", *settings)
     assert done.returncode == 1 and "no such file or folder" in done.stderr
 
