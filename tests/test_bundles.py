@@ -185,6 +185,13 @@ def test_command_line_runs_inference(acdc_like, tmp_path):
     np.testing.assert_allclose(written.spacing, original.spacing, rtol=1e-5)
 
 
+def test_operating_points_are_those_that_training_chose():
+    folder = ROOT / "bundles" / "cardiac_segmentation_failure" / "models"
+    for detector in config("cardiac_segmentation_failure", "inference")["detectors"].values():
+        chosen = json.loads((folder / f"{Path(detector['weights']).stem}_operating_point.json").read_text())
+        assert detector["threshold"] == chosen["threshold"]
+
+
 @pytest.mark.parametrize("weights", sorted((ROOT / "bundles").glob("*/models/*.pt")), ids=lambda path: path.name)
 def test_shipped_weights_are_plain_half_precision(weights):
     state = torch.load(weights, weights_only=True)
