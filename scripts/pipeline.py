@@ -155,7 +155,8 @@ def demo(output: str, seed: int = 1, device: str = "auto") -> None:
     scans = Path(output) / "phantom"
     write_phantom(scans, "phantom", ShortAxisPhantom(seed=seed))
     run(str(scans), output, device=device)
-    _finish(evaluate_workflow(output, scans, Path(output) / "evaluation"))
+    evaluate_workflow(output, scans, Path(output) / "evaluation")
+    print(f"Scores:   {output}/evaluation/summary.md (against the synthetic heart's true labels)")
 
 
 def datalist(
