@@ -178,8 +178,5 @@ def patient_and_phase(case: str, reference: Path) -> tuple[str, str]:
     if not info.is_file():
         return match[1], "unknown"
     frames = read_info(info)
-    try:
-        phases = {int(frames[phase]): phase for phase in ("ED", "ES")}
-    except ValueError as error:
-        raise ValueError(f"{info}: ED {frames['ED']!r} and ES {frames['ES']!r} have to be frame numbers.") from error
+    phases = {int(frames[phase]): phase for phase in ("ED", "ES")}
     return match[1], phases.get(int(match[2]), "unknown")

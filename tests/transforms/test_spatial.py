@@ -134,7 +134,7 @@ def test_values_that_are_no_number(value, message):
 
 @pytest.mark.parametrize("value", [0.0, 37.5])
 def test_constant_image(value):
-    with pytest.raises(ValueError, match=f"folder/scan7.nii.gz: every voxel is {value:g}"):
+    with pytest.raises(ValueError, match=f"folder/scan7.nii.gz: at least 98 % of the voxels are {value:g}"):
         CheckScan()(image(np.full((1, 6, 7, 3), value)))
 
 

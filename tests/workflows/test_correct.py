@@ -302,5 +302,5 @@ def test_patient_and_phase(tmp_path):
     assert patient_and_phase("cine/phase07", reference) == ("cine", "unknown")
     assert patient_and_phase("anything", reference) == ("anything", "unknown")
     (tmp_path / "Info.cfg").write_text("ED: one\nES: 12\nGroup: NOR\n")
-    with pytest.raises(ValueError, match="Info.cfg: ED 'one'"):
+    with pytest.raises(ValueError, match="Info.cfg: ED is no frame number: 'one'"):
         patient_and_phase("patient001_frame01", reference)

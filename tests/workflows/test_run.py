@@ -323,7 +323,7 @@ def test_command_line(bundles, tmp_path):
     again = find_scans(tmp_path)
     assert {scan.case for scan in again} == {"patient001_frame01", "patient001_frame11", "broken"}
     for settings_, message in (
-        (("--model", "unet"), "no detector for --model unet"),
+        (("--model", "unet"), "no MONAI bundle there"),
         (("--model", "dn", "--samples", 1), "2 --samples or more"),
         (("--model", "dn", "--device", "gpu"), "device"),
     ):
