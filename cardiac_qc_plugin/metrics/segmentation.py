@@ -71,11 +71,12 @@ def check_labels(labels: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(
             f"{name} must be a label volume (H, W, D), got shape {labels.shape}; drop channel and batch axes"
         )
-    unknown = labels[~np.isin(labels, (0, *CLASS_NAMES))]
-    if unknown.size:
+    known = np.isin(labels, (0, *CLASS_NAMES))
+    if not known.all():
+        listed = ", ".join(f"{label} {structure}" for label, structure in CLASS_NAMES.items())
         raise ValueError(
-            f"{name} has the unknown label {unknown[0]} ({unknown.size} voxels); map its labels to "
-            f"0 = background and {CLASS_NAMES} first, and resample label maps with nearest neighbor"
+            f"{name} has the values {np.unique(labels[~known])[:5].tolist()}; labels are 0 background, {listed} "
+            "(map other conventions to these first, and resample label maps by nearest neighbor)."
         )
     return labels.astype(np.uint8)
 

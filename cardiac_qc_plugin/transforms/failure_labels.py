@@ -14,7 +14,11 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_dst_type, convert_to_numpy, ensure_tuple
 from scipy import ndimage
 
-CLASSES = (1, 2, 3)  # RV cavity, LV myocardium (LVM), LV cavity; 0 is background
+from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES, check_labels
+
+from .spatial import spacing_of
+
+CLASSES = tuple(CLASS_NAMES)
 # (3, 3, 3): the 4 in-plane neighbors, none across slices
 IN_PLANE_CROSS = np.pad(ndimage.generate_binary_structure(2, 1)[:, :, None], [(0, 0), (0, 0), (1, 1)])
 TIE = 1e-5  # distances this close to the tolerance equal it: spacings carry float32 noise
@@ -219,20 +223,12 @@ def as_label_volumes(**volumes: np.ndarray) -> list[np.ndarray]:
     Raises:
         ValueError: a volume is not 3-D, has another shape than the first one, or another value than 0-3.
     """
-    arrays = {name: np.asarray(volume) for name, volume in volumes.items()}
+    arrays = {name: check_labels(volume, name) for name, volume in volumes.items()}
     first_name, first = next(iter(arrays.items()))
     for name, array in arrays.items():
-        if array.ndim != 3:
-            raise ValueError(f"{name} has to be (H, W, D) with slices last, got shape {array.shape}.")
         if array.shape != first.shape:
             raise ValueError(f"{name} has shape {array.shape}, {first_name} {first.shape}: bring them to one grid.")
-        known = np.isin(array, (0, *CLASSES))
-        if not known.all():
-            raise ValueError(
-                f"{name} has the values {np.unique(array[~known])[:5].tolist()}; "
-                "labels are 0 background, 1 RV, 2 LVM, 3 LV (map other conventions to these first)."
-            )
-    return [array.astype(np.uint8) for array in arrays.values()]
+    return list(arrays.values())
 
 
 def channel_first_volume(volume: NdarrayOrTensor, name: str) -> np.ndarray:
@@ -291,7 +287,7 @@ class FailureLabel(Transform):
 
 
 def _spacing_of(*volumes: NdarrayOrTensor) -> np.ndarray:
-    spacings = [convert_to_numpy(volume.pixdim)[:2] for volume in volumes if isinstance(volume, MetaTensor)]
+    spacings = [np.array(spacing_of(volume)[:2]) for volume in volumes if isinstance(volume, MetaTensor)]
     if not spacings:
         raise ValueError("The criterion is in mm, which needs the spacing of a MetaTensor: load images with metadata.")
     if not np.allclose(spacings, spacings[0], rtol=1e-4):

@@ -96,7 +96,7 @@ def test_box_is_three_dimensional():
         ({"reference": np.zeros((2, 2, 2), int)}, "no structure"),
         ({"uncertainty": np.zeros((2, 2, 3))}, r"uncertainty \(2, 2, 3\)"),
         ({"uncertainty": np.full((2, 2, 2), np.nan)}, "8 voxels that are not finite"),
-        ({"prediction": np.full((2, 2, 2), 7)}, "unknown label 7"),
+        ({"prediction": np.full((2, 2, 2), 7)}, r"has the values \[7\]"),
         ({"coverage": [0, 50, 100]}, "got 0.0 to 100.0"),
     ],
 )

@@ -138,7 +138,7 @@ def test_any_label_type(dtype):
 def test_unknown_label_is_quoted(value, quoted):
     prediction = heart().astype(float)
     prediction[0, 0, 0] = value
-    with pytest.raises(ValueError, match=f"prediction has the unknown label {quoted}"):
+    with pytest.raises(ValueError, match=rf"prediction has the values \[{quoted}\.?0?\]"):
         dice_and_hausdorff(prediction, heart(), SPACING)
 
 
