@@ -6,6 +6,7 @@
     python scripts/pipeline.py datalist --dataset acdc --root DIR --output folds.json
     python scripts/pipeline.py correct  --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py evaluate --predictions DIR --reference DIR --output DIR
+    python scripts/pipeline.py export   --bundle NAME --output DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -234,6 +235,27 @@ def evaluate(
     _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
 
 
+def export(
+    bundle: str,
+    output: str,
+    weights: str | None = None,
+    weights_url: str | None = None,
+    bundle_dir: str | None = None,
+) -> None:
+    """Write a bundle as a zip that runs without this package, as in MONAI's model zoo.
+
+    Args:
+        bundle: name of the bundle, cardiac_drn_segmentation say.
+        output: folder for <name>_v<version>.zip.
+        weights: weights to ship as models/model.pt, instead of the bundle's.
+        weights_url: where weights above 25 MB will be published; they are then written beside the zip.
+        bundle_dir: folder of the bundles, instead of the repository's.
+    """
+    from cardiac_qc_plugin.workflows.export import export as export_workflow
+
+    print(export_workflow(bundle, output, bundle_dir, weights, weights_url))
+
+
 def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
@@ -245,6 +267,7 @@ def main() -> None:
         "datalist": datalist,
         "correct": correct,
         "evaluate": evaluate,
+        "export": export,
     }
     try:
         fire.Fire(commands, name="pipeline.py")
