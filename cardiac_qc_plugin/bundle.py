@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Compose, SaveImage, SaveImaged
+from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
 from .checkpoints import load_weights
 
-__all__ = ["BundlePredictor", "find_bundle"]
+__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle"]
 
 
 def find_bundle(name: str, root: str | Path | None = None) -> Path:
@@ -107,3 +108,40 @@ class BundlePredictor:
         data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
         with torch.no_grad():
             return self.postprocessing(data)
+
+
+class SegmentWithBundled(Transform):
+    """Segment a scan with another bundle, unless its segmentation and uncertainty map are there already.
+
+    The bundle is loaded at the first scan that needs it.
+
+    Args:
+        folder: the segmentation bundle.
+        map: ``"bmap"`` or ``"emap"``, the uncertainty map.
+        device: see :class:`BundlePredictor`.
+
+    Adds ``segmentation`` and ``uncertainty``, both ``(1, H, W, D)`` on the scan's own grid, to data whose ``image`` was
+    read from a file.
+
+    Raises:
+        ValueError: if only one of the two is there.
+    """
+
+    def __init__(self, folder: str | Path, map: str, device: torch.device | str = "auto") -> None:
+        self.folder = folder
+        self.map = map
+        self.device = str(device)
+        self.predictor: BundlePredictor | None = None
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        present = [key for key in ("segmentation", "uncertainty") if key in d]
+        if len(present) == 2:
+            return d
+        path = d["image"].meta["filename_or_obj"]
+        if present:
+            raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
+        if self.predictor is None:
+            self.predictor = BundlePredictor(self.folder, self.device, map=self.map)
+        result = self.predictor({"image": path})
+        return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}

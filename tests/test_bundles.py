@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.data import MetaTensor
 
+from cardiac_qc_plugin.bundle import BundlePredictor, SegmentWithBundled
 from cardiac_qc_plugin.checkpoints import load_weights, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
@@ -96,10 +98,11 @@ def test_training_and_inference_agree(bundle):
     def steps(section):
         named = {}
         for step in section["transforms"]:
-            named[step["_target_"]] = {k: v for k, v in step.items() if k not in ("keys", "mode")}
+            named[step["_target_"]] = {k: v for k, v in step.items() if k not in ("keys", "mode", "allow_missing_keys")}
         return named
 
     trained, inferred = steps(training["train"]["preprocessing"]), steps(inference["preprocessing"])
+    inferred.pop("cardiac_qc_plugin.bundle.SegmentWithBundled", None)  # training reads what was segmented before
     assert {name: trained[name] for name in inferred} == inferred
 
 
@@ -183,6 +186,43 @@ def test_command_line_runs_inference(acdc_like, tmp_path):
     original = read_volume(acdc_like / "data" / "patient001" / "patient001_frame01.nii.gz")
     assert written.data.shape == original.data.shape
     np.testing.assert_allclose(written.spacing, original.spacing, rtol=1e-5)
+
+
+def test_failure_bundle_stands_alone(acdc_like, tmp_path):
+    """Given images only it segments them first, and finds the same regions as from the files of that segmentation."""
+    segmenter = ROOT / "bundles" / "cardiac_drn_segmentation"
+    bundle = ROOT / "bundles" / "cardiac_segmentation_failure"
+    scans = acdc_like / "data" / "patient001"
+    segmented = BundlePredictor(segmenter, map="emap")
+    for image in scans.glob("*_frame??.nii.gz"):
+        result, scan = segmented({"image": str(image)}), read_volume(image)
+        folder = tmp_path / "predictions" / image.name.removesuffix(".nii.gz")
+        write_like(folder / "segmentation.nii.gz", np.asarray(result["pred"])[0].astype(np.uint8), scan)
+        write_like(folder / "entropy.nii.gz", np.asarray(result["emap"])[0].astype(np.float32), scan)
+    common = {"bundle_root": str(bundle), "dataset_dir": str(scans), "map": "emap"}
+    for name, settings in {"alone": {}, "given": {"predictions_dir": str(tmp_path / "predictions")}}.items():
+        workflow = ConfigWorkflow(
+            config_file=str(bundle / "configs" / "inference.json"),
+            workflow_type="infer",
+            output_dir=str(tmp_path / name),
+            **common,
+            **settings,
+        )
+        workflow.initialize()
+        assert workflow.check_properties() == []
+        workflow.run()
+        workflow.finalize()
+    names = {name: sorted(p.name for p in (tmp_path / name).rglob("*.nii.gz")) for name in ("alone", "given")}
+    assert len(names["alone"]) == 6 and len(names["given"]) == 4  # the segmentation only where it was made
+    for given in (tmp_path / "given").rglob("*.nii.gz"):
+        alone = read_volume(tmp_path / "alone" / given.relative_to(tmp_path / "given"))
+        np.testing.assert_allclose(alone.data, read_volume(given).data, rtol=1e-5, atol=1e-6)
+
+
+def test_half_of_the_precomputed_maps_is_refused():
+    image = MetaTensor(torch.zeros(1, 4, 4, 1), meta={"filename_or_obj": "scan.nii.gz"})
+    with pytest.raises(ValueError, match="scan.nii.gz: there is a segmentation only"):
+        SegmentWithBundled("nowhere", "bmap")({"image": image, "segmentation": image})
 
 
 def test_operating_points_are_those_that_training_chose():
