@@ -10,7 +10,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
-from .checkpoints import load_weights
+from .checkpoints import check_version, load_weights
 
 __all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle"]
 
@@ -52,7 +52,8 @@ class BundlePredictor:
         weights_sha256: digest of the weights.
 
     Raises:
-        ValueError: for an override that the config does not have, or weights that are missing or do not fit.
+        ValueError: for an override that the config does not have, a bundle of another version, or weights that are
+            missing or do not fit.
     """
 
     def __init__(self, folder: str | Path, device: str = "auto", **overrides: Any) -> None:
@@ -61,6 +62,7 @@ class BundlePredictor:
         self.config = ConfigParser()
         config_file = folder / "configs" / "inference.json"
         self.config.read_config(str(config_file))
+        check_version(folder)
         self.version = json.loads((folder / "configs" / "metadata.json").read_text())["version"]
         unknown = [key for key in overrides if key not in self.config]
         if unknown:
@@ -118,6 +120,7 @@ class SegmentWithBundled(Transform):
     Args:
         folder: the segmentation bundle.
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
+        samples: Monte Carlo samples T.
         device: see :class:`BundlePredictor`.
 
     Adds ``segmentation`` and ``uncertainty``, both ``(1, H, W, D)`` on the scan's own grid, to data whose ``image`` was
@@ -127,9 +130,10 @@ class SegmentWithBundled(Transform):
         ValueError: if only one of the two is there.
     """
 
-    def __init__(self, folder: str | Path, map: str, device: torch.device | str = "auto") -> None:
+    def __init__(self, folder: str | Path, map: str, samples: int, device: torch.device | str = "auto") -> None:
         self.folder = folder
         self.map = map
+        self.samples = samples
         self.device = str(device)
         self.predictor: BundlePredictor | None = None
 
@@ -142,6 +146,6 @@ class SegmentWithBundled(Transform):
         if present:
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
-            self.predictor = BundlePredictor(self.folder, self.device, map=self.map)
+            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=self.samples)
         result = self.predictor({"image": path})
         return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}
