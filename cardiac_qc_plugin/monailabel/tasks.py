@@ -33,10 +33,10 @@ def chosen(value: Any) -> Any:
 class CardiacQC(InferTask):
     """Segment a scan, and find where the segmentation failed.
 
-    The answer is the mask (uint8: 1 RV, 2 LVM, 3 LV) and a dictionary of flagged slices and regions, scores and volumes.
-    For a scan of the datastore, the e-map, the b-map and the numbered failure regions become labels under the tags
-    ``emap``, ``bmap`` and ``failure``, and the scores part of the image's info. Results are kept, and used again while
-    scan, settings and weights stay the same.
+    The answer is the mask (uint8: 1 RV, 2 LVM, 3 LV), and a dictionary of flagged slices and regions, scores and
+    volumes. For a scan of the datastore, the e-map, the b-map and the numbered failure regions become labels under
+    the tags ``emap``, ``bmap`` and ``failure``, and the scores part of the image's info. Results are kept, and used
+    again while scan, settings and weights stay the same.
 
     Args:
         segmentation: infer task of a segmentation bundle, for its options and labels.
