@@ -12,7 +12,9 @@ from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
 from .checkpoints import check_version, load_weights
 
-__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle"]
+__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle", "load_models", "load_segmenter"]
+
+BUNDLES = Path(__file__).parent.parent / "bundles"
 
 
 def find_bundle(name: str, root: str | Path | None = None) -> Path:
@@ -21,8 +23,7 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
     Raises:
         ValueError: if there is no such bundle.
     """
-    root = Path(__file__).parent.parent / "bundles" if root is None else Path(root)
-    folder = root / name
+    folder = Path(BUNDLES if root is None else root) / name
     if not (folder / "configs" / "inference.json").is_file():
         raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).")
     return folder
@@ -149,3 +150,57 @@ class SegmentWithBundled(Transform):
             self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=self.samples)
         result = self.predictor({"image": path})
         return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}
+
+
+def load_segmenter(
+    model: str, map: str, samples: int, device: str = "auto", root: str | Path | None = None
+) -> BundlePredictor:
+    """The segmentation bundle of a network.
+
+    Args:
+        model: ``"dn"``, ``"drn"`` or ``"unet"``.
+        map: ``"bmap"`` or ``"emap"``: what the segmentation has to go with.
+        samples: Monte Carlo samples T.
+        device: see :class:`BundlePredictor`.
+        root: folder of the bundles.
+
+    Raises:
+        ValueError: for an unknown network or map, or a bundle that is missing or has no weights.
+    """
+    if model not in ("dn", "drn", "unet"):
+        raise ValueError(f"The model is dn, drn or unet, got '{model}'.")
+    if map not in ("bmap", "emap"):
+        raise ValueError(f"The map is bmap or emap, got '{map}'.")
+    return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, map=map, samples=samples)
+
+
+def load_models(
+    model: str,
+    map: str,
+    samples: int,
+    device: str = "auto",
+    root: str | Path | None = None,
+    threshold: float | None = None,
+) -> tuple[BundlePredictor, BundlePredictor]:
+    """The segmentation bundle of a network, and the failure bundle with the detector for this network and map.
+
+    Arguments as for :func:`load_segmenter`.
+
+    Args:
+        threshold: failure probability from which a region is flagged; None for the detector's operating point.
+
+    Raises:
+        ValueError: as :func:`load_segmenter`; for a b-map of fewer than two samples; if there is no such detector.
+    """
+    if map == "bmap" and samples < 2:
+        raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
+    segmenter = load_segmenter(model, map, samples, device, root)
+    folder = find_bundle("cardiac_segmentation_failure", root)
+    available = json.loads((folder / "configs" / "inference.json").read_text())["detectors"]
+    if f"{model}_{map}" not in available:
+        raise ValueError(
+            f"The failure bundle has no detector for the {model} and the {map}, but for {', '.join(available)}. "
+            "Train one with the bundle's train.json."
+        )
+    settings = {} if threshold is None else {"threshold": threshold}
+    return segmenter, BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)
