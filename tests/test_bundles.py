@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 
 from cardiac_qc_plugin.bundle import BundlePredictor, SegmentWithBundled
@@ -44,8 +44,9 @@ def acdc_like(tmp_path_factory):
     return root
 
 
-def train(bundle, acdc_like, ckpt_dir, **overrides):
+def train(bundle, acdc_like, ckpt_dir, regime=None, **overrides):
     """Run a bundle's training in this process; two iterations unless overridden."""
+    configs = ROOT / "bundles" / bundle / "configs"
     settings = {
         "bundle_root": str(ROOT / "bundles" / bundle),
         "dataset_dir": str(acdc_like / "data"),
@@ -57,7 +58,9 @@ def train(bundle, acdc_like, ckpt_dir, **overrides):
         **overrides,
     }
     workflow = ConfigWorkflow(
-        config_file=str(ROOT / "bundles" / bundle / "configs" / "train.json"), workflow_type="train", **settings
+        config_file=[str(configs / f"{name}.json") for name in ("train", regime) if name],
+        workflow_type="train",
+        **settings,
     )
     workflow.initialize()
     missing = workflow.check_properties()
@@ -147,7 +150,7 @@ def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_
 
 
 def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
-    """Stopped after two of three epochs, it goes on with the third; with other settings it starts anew."""
+    """Stopped after two of three epochs, it goes on with the third to the same weights; other settings start anew."""
     monkeypatch.setattr("shutil.rmtree", lambda path: None)
     overrides = {"patch_size": 32, "val_interval": 100, "iterations": 3}
     train("cardiac_dn_segmentation", acdc_like, tmp_path, **overrides, **{"train#trainer#max_epochs": 2})
@@ -159,6 +162,41 @@ def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
     steps = workflow.parser.get_parsed_content("optimizer").state_dict()["state"][0]["step"]
     assert trainer.state.iteration == 3 and int(steps) == 3
     assert len(workflow.parser.get_parsed_content("resume_files")) == 1
+    train("cardiac_dn_segmentation", acdc_like, tmp_path / "uninterrupted", **overrides)
+    resumed, expected = (torch.load(p / "model.pt", weights_only=True) for p in (tmp_path, tmp_path / "uninterrupted"))
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_papers_regime_trains(bundle, acdc_like, tmp_path):
+    """Two iterations with the paper's optimizer and schedule; the sizes it states hold without an override."""
+    overrides = {"patch_size": 40, "min_size": 40, "predictions_dir": str(acdc_like / "predictions"), "val_interval": 9}
+    workflow, _ = train(bundle, acdc_like, tmp_path, regime="paper", **overrides)
+    get = workflow.parser.get_parsed_content
+    assert type(get("optimizer")) is torch.optim.Adam and get("train#trainer").state.iteration == 2
+    assert get("train#dataset").augmentation is None
+    configs = ROOT / "bundles" / bundle / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "paper.json")])
+    parser["network"] = torch.nn.Conv2d(1, 4, 1)
+    names = ("iterations", "batch_size", "patch_size")
+    detector, snapshots = bundle == "cardiac_segmentation_failure", bundle == "cardiac_dn_segmentation"
+    stated = (20000, 32, 80) if detector else (100000, 16, 151 if snapshots else 128)
+    assert tuple(parser.get_parsed_content(name) for name in names) == stated
+    optimizer, schedule = (parser.get_parsed_content(name) for name in ("optimizer", "lr_scheduler"))
+    rates = []
+    for _ in range(stated[0]):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    # section V: the rate falls to a tenth after 25,000 (detector: 10,000) steps; the DN restarts every 10,000
+    if snapshots:
+        assert np.flatnonzero(np.diff(rates) > 0).tolist() == list(range(9999, 99999, 10000))
+        assert rates[10000] == pytest.approx(0.02) and rates[9999] < 1e-6
+    else:
+        every, first = (10000, 1e-4) if detector else (25000, 1e-3)
+        np.testing.assert_allclose(rates[::every], [first * 0.1**n for n in range(stated[0] // every)])
+        assert len(set(np.round(rates, 12))) == stated[0] // every
 
 
 def test_command_line_runs_inference(acdc_like, tmp_path):
