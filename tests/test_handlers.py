@@ -9,8 +9,9 @@ from monai.handlers import from_engine
 from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import average_precision_score
 
-from cardiac_qc_plugin.handlers import HausdorffDistance, RegionAveragePrecision
+from cardiac_qc_plugin.handlers import HausdorffDistance
 from cardiac_qc_plugin.transforms import crop_box, paint_regions
+from cardiac_qc_plugin.workflows.operating_point import RegionAveragePrecision
 
 
 def onehot(labels, affine):

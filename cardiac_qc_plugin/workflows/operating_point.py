@@ -2,17 +2,26 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
+from ignite.metrics import Metric
+from monai.utils import convert_to_numpy
 
-from cardiac_qc_plugin.metrics.detection import VolumeDetection, choose_threshold, operating_point
-from cardiac_qc_plugin.transforms.regions import Box, crop_slice, read_regions, region_counts
+from cardiac_qc_plugin.metrics.detection import (
+    VolumeDetection,
+    choose_threshold,
+    operating_point,
+    region_average_precision,
+)
+from cardiac_qc_plugin.transforms.regions import Box, crop_box, crop_slice, read_regions, region_counts
 
 from .files import write_json
 
-__all__ = ["choose_operating_point", "volume_detection", "write_operating_point"]
+__all__ = ["RegionAveragePrecision", "choose_operating_point", "volume_detection", "write_operating_point"]
 
 
 def volume_detection(painted: np.ndarray, failures: np.ndarray, boxes: list[Box], region_size: int) -> VolumeDetection:
@@ -35,6 +44,46 @@ def volume_detection(painted: np.ndarray, failures: np.ndarray, boxes: list[Box]
     return VolumeDetection(
         np.concatenate(probability), np.concatenate(counts), np.concatenate(index), np.array(outside)
     )
+
+
+class RegionAveragePrecision(Metric):
+    """Average precision of a detector's regions; what it saw is kept to choose or to judge an operating point.
+
+    Args:
+        region_size: edge of a region in pixels.
+        min_size: smallest edge of the detector's crop in pixels.
+        output_transform: gives, for each volume, the painted failure probabilities ``(1, H, W, D)``, the detector's
+            input ``(3, H, W, D)``, whose last channel is the automatic segmentation, and the failures
+            ``(1, H, W, D)``.
+
+    Attributes:
+        volumes: a :class:`~cardiac_qc_plugin.metrics.VolumeDetection` for each; of all processes after ``compute``.
+
+    The value is NaN where no region fails.
+    """
+
+    def __init__(self, region_size: int = 8, min_size: int = 80, output_transform: Callable = lambda x: x) -> None:
+        self.region_size = region_size
+        self.min_size = min_size
+        self.volumes: list[VolumeDetection] = []
+        super().__init__(output_transform, skip_unrolling=True)  # ignite would take single volumes for batches
+
+    def reset(self) -> None:
+        self.volumes = []
+
+    def update(self, output: Iterable[Iterable[Any]]) -> None:
+        for painted, inputs, failures in zip(*output, strict=True):
+            labels = convert_to_numpy(inputs)[2]
+            boxes = [crop_box(labels[..., z], self.region_size, self.min_size) for z in range(labels.shape[2])]
+            probability, failing = convert_to_numpy(painted)[0], convert_to_numpy(failures)[0]
+            self.volumes.append(volume_detection(probability, failing, boxes, self.region_size))
+
+    def compute(self) -> float:
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[list[VolumeDetection]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(gathered, self.volumes)
+            self.volumes = [volume for volumes in gathered for volume in volumes]
+        return region_average_precision(self.volumes)
 
 
 def choose_operating_point(volumes: Sequence[VolumeDetection], output: str | Path, beta: float = 2.0) -> float:
