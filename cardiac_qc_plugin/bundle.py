@@ -21,10 +21,10 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
     Raises:
         ValueError: if there is no such bundle.
     """
-    root = Path(__file__).parent.parent / "bundles" if root is None else Path(root)
-    folder = root / name
+    folder = (Path(__file__).parent.parent / "bundles" if root is None else Path(root)) / name
     if not (folder / "configs" / "inference.json").is_file():
-        raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).")
+        hint = "" if root else " They come with the repository, not with the package: say where they are (bundle_dir)."
+        raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).{hint}")
     return folder
 
 
