@@ -23,7 +23,9 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
     """
     folder = (Path(__file__).parent.parent / "bundles" if root is None else Path(root)) / name
     if not (folder / "configs" / "inference.json").is_file():
-        hint = "" if root else " They come with the repository, not with the package: say where they are (bundle_dir)."
+        hint = (
+            "" if root else " Bundles come with the repository, not with the package: give their folder (bundle_dir)."
+        )
         raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).{hint}")
     return folder
 

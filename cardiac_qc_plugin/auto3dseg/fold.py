@@ -4,13 +4,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.transforms import AsDiscreted, Compose
+from monai.transforms import AsDiscreted, Compose, SaveImage
 from monai.utils import ensure_tuple
 
 from cardiac_qc_plugin.bundle import BundlePredictor, root_cause
@@ -21,6 +22,7 @@ __all__ = ["Fold", "FoldInferer", "key_metric", "split_settings", "train", "vali
 
 NOT_COPIED = shutil.ignore_patterns("models", "eval", "mlruns*", "__pycache__")  # of a bundle: what its runs wrote
 DATALIST = {"data_list_file_path": "$@bundle_root + '/configs/datalist.json'"}  # in the copy of the bundle
+ENSEMBLE = {"rank", "image_save_func", *signature(SaveImage).parameters}  # AutoRunner's, handed on to each member
 DATA = ("fold", "dataset_dir", "data_list_file_path")  # what the bundle is trained on, as its train.json calls it
 
 
@@ -160,7 +162,8 @@ class FoldInferer:
 
     Args:
         config_file: the fold's ``configs/hyper_parameters.yaml``.
-        override: entries of the bundle's ``inference.json`` to replace, ``samples=0`` say.
+        override: entries of the bundle's ``inference.json`` to replace, ``samples=0`` say; how an ensemble saves its
+            result is not a member's concern.
 
     Attributes:
         predictor: the bundle, with its postprocessing up to the labels.
@@ -169,9 +172,8 @@ class FoldInferer:
 
     def __init__(self, config_file: str | list[str], **override: Any) -> None:
         fold = Fold.of_config(config_file)
-        for key in ("rank", "image_save_func"):  # the ensemble's own, which it hands on
-            override.pop(key, None)
-        self.predictor = BundlePredictor(fold.bundle, **{**fold.overrides("inference"), **override})
+        own = {key: value for key, value in override.items() if key not in ENSEMBLE}
+        self.predictor = BundlePredictor(fold.bundle, **{**fold.overrides("inference"), **own})
         steps = self.predictor.postprocessing.transforms
         labels = next(index for index, step in enumerate(steps) if isinstance(step, AsDiscreted))
         self.predictor.postprocessing, self.labelling = Compose(steps[:labels]), Compose(steps[labels:])

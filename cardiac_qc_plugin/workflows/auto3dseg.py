@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from monai.apps.auto3dseg import AlgoEnsembleBuilder, AutoRunner, import_bundle_algo_history
+from monai.apps.auto3dseg import AutoRunner, import_bundle_algo_history
 from monai.transforms import AsDiscrete
+from monai.utils.enums import AlgoKeys
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.auto3dseg import TEMPLATES, UncertaintyEnsemble
@@ -31,9 +32,7 @@ def check_datalist(datalist: str | Path, root: str | Path) -> int:
     """
     items = read_json(Path(datalist)).get("training", [])
     if not items or not all({"image", "label", "fold"} <= set(item) for item in items):
-        raise ValueError(
-            f"{datalist}: 'training' has to list items with image, label and fold. 'datalist' writes them."
-        )
+        raise ValueError(f"{datalist}: 'training' has to list items with image, label and fold.")
     folds = Counter(item["fold"] for item in items)
     if len(folds) < 2 or sorted(folds) != list(range(len(folds))):
         raise ValueError(f"{datalist}: folds have to be 0, 1 and so on without gaps, two or more; got {sorted(folds)}.")
@@ -104,12 +103,12 @@ def auto3dseg(
     for name in names:
         split_settings(find_bundle(template_parameters(name)["bundle"], bundle_dir), settings)
     output = Path(output)
-    source = {"datalist": str(datalist), "dataroot": str(root), "modality": "MRI", "num_fold": num_fold}
+    source = {"datalist": str(datalist), "dataroot": str(Path(root).resolve()), "modality": "MRI", "num_fold": num_fold}
     source |= {"settings": settings} | ({"bundle_dir": str(bundle_dir)} if bundle_dir else {})
     remember(output, {**source, "datalist": file_sha256(Path(datalist)), "algos": sorted(names)})
     runner = AutoRunner(str(output), source, names, templates_path_or_url=str(TEMPLATES), ensemble=False)
     runner.run()
-    return {member["identifier"]: member["best_metric"] for member in import_bundle_algo_history(str(output))}
+    return {algo[AlgoKeys.ID]: algo[AlgoKeys.SCORE] for algo in import_bundle_algo_history(str(output))}
 
 
 class EnsembleSegmenter:
@@ -132,9 +131,10 @@ class EnsembleSegmenter:
 
     def __init__(self, work_dir: str | Path, **settings: Any) -> None:
         history = import_bundle_algo_history(str(work_dir))
-        builder = AlgoEnsembleBuilder(history, str(Path(work_dir) / "input.yaml"))
-        builder.set_ensemble_method(UncertaintyEnsemble(builder.data_src_cfg["num_fold"]))
-        self.members = builder.get_ensemble().inferers(**settings)
+        ensemble = UncertaintyEnsemble(1 + max((int(algo[AlgoKeys.ID].split("_")[1]) for algo in history), default=0))
+        ensemble.set_algos(history)
+        ensemble.collect_algos()
+        self.members = ensemble.inferers(**settings)
         predictors = [member.predictor for member in self.members.values()]
         self.class_names = predictors[0].config["class_names"]
         self.config = {"map": "bmap", "samples": len(predictors), "seed": predictors[0].config["seed"]}

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from cardiac_qc_plugin.auto3dseg.algo import TEMPLATES, template_parameters
 from cardiac_qc_plugin.auto3dseg.fold import DATALIST, NOT_COPIED, Fold, key_metric, split_settings
 from cardiac_qc_plugin.bundle import find_bundle
 from cardiac_qc_plugin.checkpoints import load_weights, save_weights
@@ -16,13 +18,53 @@ from .files import read_json, write_text
 
 __all__ = ["fold_to_bundle"]
 
+SEGMENTATION = sorted(template_parameters(path.name)["bundle"] for path in TEMPLATES.iterdir())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left behind.
+
+    Attributes:
+        bundle: folder of the bundle that was trained.
+        weights: the file of weights.
+        overrides: entries of the bundle's configs that were replaced, by config.
+        metrics: key metric over the scans that were left out, by name, where it is known.
+        what: which weights these are, in words.
+    """
+
+    bundle: Path
+    weights: Path
+    overrides: dict[str, dict[str, Any]]
+    metrics: dict[str, float]
+    what: str
+
+
+def of_fold(folder: Path) -> Trained:
+    """A fold that Auto3DSeg trained."""
+    fold = Fold(folder)
+    score = fold.score()
+    overrides = {name: fold.overrides(name) for name in ("train", "inference")}
+    del overrides["train"]["dataset_dir"]  # a place on this machine
+    metrics = {score["metric"]: score["best_avg_dice_score"]}
+    what = f"weights of {folder.resolve().name}, trained by Auto3DSeg, fold {score['fold']} left out"
+    return Trained(fold.bundle, fold.bundle / "models" / "model.pt", overrides, metrics, what)
+
+
+def of_weights(weights: Path, bundle: Path, settings: dict[str, Any]) -> Trained:
+    """A file that a bundle's training wrote."""
+    what = f"weights of {weights.name}"
+    if "fold" in settings:
+        what += f", fold {settings['fold']} left out"
+    return Trained(bundle, weights, split_settings(bundle, settings), {}, what)
+
 
 def write_config(file: Path, config: dict[str, Any]) -> None:
     """Write a config as the bundles have them."""
     write_text(file, json.dumps(config, indent=4, ensure_ascii=False) + "\n")
 
 
-def copy_bundle(source: Path, folder: Path, overrides: dict[str, dict[str, Any]], datalist: Path | None) -> None:
+def copy_bundle(source: Path, folder: Path, overrides: dict[str, dict[str, Any]], datalist: str | Path | None) -> None:
     """Copy a bundle without its weights, with entries of its configs replaced and a datalist of its own."""
     shutil.copytree(source, folder, ignore=NOT_COPIED)
     for name, entries in overrides.items():
@@ -48,9 +90,7 @@ def measure(folder: Path, root: str | Path) -> dict[str, float]:
         ValueError: if its datalist has no such scans.
     """
     file = folder / "configs" / "train.json"
-    workflow = ConfigWorkflow(
-        str(file), workflow_type="train", logging_file=False, bundle_root=str(folder), dataset_dir=str(root)
-    )
+    workflow = ConfigWorkflow(str(file), workflow_type="train", bundle_root=str(folder), dataset_dir=str(root))
     parser = workflow.parser
     if not parser.get_parsed_content("datalists")[1]:
         raise ValueError(f"{root}: the datalist has no item in fold {parser['fold']}.")
@@ -111,35 +151,21 @@ def fold_to_bundle(
     """
     source = Path(source)
     if source.is_dir():
-        trained = Fold(source)
-        original, weights = trained.bundle, trained.bundle / "models" / "model.pt"
-        score = trained.score()
-        metrics = {score["metric"]: score["best_avg_dice_score"]}
-        overrides = {name: trained.overrides(name) for name in ("train", "inference")}
-        overrides["train"].pop("dataset_dir")
-        datalist = None
-        what = (
-            f"weights of Auto3DSeg's {source.resolve().name}, trained on all folds of configs/datalist.json but fold "
-        )
-        what += str(score["fold"])
+        trained, root, datalist = of_fold(source), None, None  # it brings its score and its datalist
+    elif bundle in SEGMENTATION:
+        chosen = {**({} if fold is None else {"fold": fold}), **(DATALIST if datalist else {})}
+        trained = of_weights(source, find_bundle(bundle, bundle_dir), {**(settings or {}), **chosen})
     else:
-        if bundle is None:
-            raise ValueError(f"{source}: say which bundle these weights belong to (bundle).")
-        original, weights, metrics = find_bundle(bundle, bundle_dir), source, {}
-        entries = {**(settings or {}), **({} if fold is None else {"fold": fold}), **(DATALIST if datalist else {})}
-        overrides = split_settings(original, entries)
-        what = f"weights of {source.name}"
-    folder = Path(output) / original.name
+        raise ValueError(f"{source}: which bundle do these weights belong to? One of {', '.join(SEGMENTATION)}.")
+    folder = Path(output) / trained.bundle.name
     if folder.exists():
         raise ValueError(f"{folder} is there already. Choose another output folder.")
     part = folder.with_name(f".part-{os.getpid()}-{folder.name}")
     try:
-        copy_bundle(original, part, overrides, datalist)
-        copy_weights(weights, part)
-        if root is not None and not source.is_dir():
-            metrics = measure(part, root)
-            what += f", fold {read_json(part / 'configs' / 'train.json')['fold']} left out"
-        note_weights(part, version, what, metrics)
+        copy_bundle(trained.bundle, part, trained.overrides, datalist)
+        copy_weights(trained.weights, part)
+        metrics = trained.metrics if root is None else measure(part, root)
+        note_weights(part, version, trained.what, metrics)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
