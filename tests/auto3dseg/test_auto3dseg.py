@@ -252,7 +252,7 @@ def check_bundle(folder, dice):
     files = {"meta_file": "metadata.json", "config_file": "inference.json"}
     files = {key: str(folder / "configs" / name) for key, name in files.items()}
     verify_net_in_out(net_id="network_def", **files, device="cpu", n=4, bundle_root=str(folder))
-    network = monai.bundle.load(folder.name, bundle_dir=str(folder.parent), workflow_type="infer", device="cpu")
+    network = monai.bundle.load(folder.name, bundle_dir=str(folder.parent), workflow_type="inference", device="cpu")
     weights = torch.load(folder / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(value, weights[key].to(value.dtype)) for key, value in network.state_dict().items())
     assert f"> **Version 0.1.1**: {metadata['changelog']['0.1.1']}." in (folder / "docs" / "README.md").read_text()
@@ -270,9 +270,8 @@ def test_fold_becomes_a_bundle(trained, tmp_path):
     assert config["train"]["dataset_dir"] == original["dataset_dir"]
     assert config["train"]["data_list_file_path"] == "$@bundle_root + '/configs/datalist.json'"
     assert {p.name for p in folder.iterdir()} == {"LICENSE", "configs", "docs", "models"}
-    again = pipeline("fold_to_bundle", "--source", "out/bayesdn_1", "--output", str(tmp_path / "made"), cwd=trained)
-    assert again.returncode == 1
-    assert again.stderr.endswith(f"error: {folder} is there already. Choose another output folder.\n")
+    with pytest.raises(ValueError, match="is there already. Choose another output folder"):
+        fold_to_bundle(fold.folder, tmp_path / "made")
 
 
 def test_checkpoint_becomes_a_bundle(trained, tmp_path):
