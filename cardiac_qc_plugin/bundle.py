@@ -10,9 +10,11 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
-from .checkpoints import load_weights
+from .checkpoints import check_version, load_weights
 
-__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle"]
+__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle", "load_models", "load_segmenter"]
+
+BUNDLES = Path(__file__).parent.parent / "bundles"
 
 
 def find_bundle(name: str, root: str | Path | None = None) -> Path:
@@ -21,11 +23,10 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
     Raises:
         ValueError: if there is no such bundle.
     """
-    folder = (Path(__file__).parent.parent / "bundles" if root is None else Path(root)) / name
+    folder = Path(BUNDLES if root is None else root) / name
     if not (folder / "configs" / "inference.json").is_file():
-        hint = (
-            "" if root else " Bundles come with the repository, not with the package: give their folder (bundle_dir)."
-        )
+        hint = " Bundles come with the repository, not with the package: give their folder (bundle_dir)."
+        hint = hint if root is None else ""
         raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).{hint}")
     return folder
 
@@ -54,7 +55,8 @@ class BundlePredictor:
         weights_sha256: digest of the weights.
 
     Raises:
-        ValueError: for an override that the config does not have, or weights that are missing or do not fit.
+        ValueError: for an override that the config does not have, a bundle of another version, or weights that are
+            missing or do not fit.
     """
 
     def __init__(self, folder: str | Path, device: str = "auto", **overrides: Any) -> None:
@@ -63,6 +65,7 @@ class BundlePredictor:
         self.config = ConfigParser()
         config_file = folder / "configs" / "inference.json"
         self.config.read_config(str(config_file))
+        check_version(folder)
         self.version = json.loads((folder / "configs" / "metadata.json").read_text())["version"]
         unknown = [key for key in overrides if key not in self.config]
         if unknown:
@@ -120,6 +123,7 @@ class SegmentWithBundled(Transform):
     Args:
         folder: the segmentation bundle.
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
+        samples: Monte Carlo samples T.
         device: see :class:`BundlePredictor`.
 
     Adds ``segmentation`` and ``uncertainty``, both ``(1, H, W, D)`` on the scan's own grid, to data whose ``image`` was
@@ -129,9 +133,10 @@ class SegmentWithBundled(Transform):
         ValueError: if only one of the two is there.
     """
 
-    def __init__(self, folder: str | Path, map: str, device: torch.device | str = "auto") -> None:
+    def __init__(self, folder: str | Path, map: str, samples: int, device: torch.device | str = "auto") -> None:
         self.folder = folder
         self.map = map
+        self.samples = samples
         self.device = str(device)
         self.predictor: BundlePredictor | None = None
 
@@ -144,6 +149,60 @@ class SegmentWithBundled(Transform):
         if present:
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
-            self.predictor = BundlePredictor(self.folder, self.device, map=self.map)
+            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=self.samples)
         result = self.predictor({"image": path})
         return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}
+
+
+def load_segmenter(
+    model: str, map: str, samples: int, device: str = "auto", root: str | Path | None = None
+) -> BundlePredictor:
+    """The segmentation bundle of a network.
+
+    Args:
+        model: ``"dn"``, ``"drn"`` or ``"unet"``.
+        map: ``"bmap"`` or ``"emap"``: what the segmentation has to go with.
+        samples: Monte Carlo samples T.
+        device: see :class:`BundlePredictor`.
+        root: folder of the bundles.
+
+    Raises:
+        ValueError: for an unknown network or map, or a bundle that is missing or has no weights.
+    """
+    if model not in ("dn", "drn", "unet"):
+        raise ValueError(f"The model is dn, drn or unet, got '{model}'.")
+    if map not in ("bmap", "emap"):
+        raise ValueError(f"The map is bmap or emap, got '{map}'.")
+    return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, map=map, samples=samples)
+
+
+def load_models(
+    model: str,
+    map: str,
+    samples: int,
+    device: str = "auto",
+    root: str | Path | None = None,
+    threshold: float | None = None,
+) -> tuple[BundlePredictor, BundlePredictor]:
+    """The segmentation bundle of a network, and the failure bundle with the detector for this network and map.
+
+    Arguments as for :func:`load_segmenter`.
+
+    Args:
+        threshold: failure probability from which a region is flagged; None for the detector's operating point.
+
+    Raises:
+        ValueError: as :func:`load_segmenter`; for a b-map of fewer than two samples; if there is no such detector.
+    """
+    if map == "bmap" and samples < 2:
+        raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
+    segmenter = load_segmenter(model, map, samples, device, root)
+    folder = find_bundle("cardiac_segmentation_failure", root)
+    available = json.loads((folder / "configs" / "inference.json").read_text())["detectors"]
+    if f"{model}_{map}" not in available:
+        raise ValueError(
+            f"The failure bundle has no detector for the {model} and the {map}, but for {', '.join(available)}. "
+            "Train one with the bundle's train.json."
+        )
+    settings = {} if threshold is None else {"threshold": threshold}
+    return segmenter, BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)

@@ -1,12 +1,15 @@
 """Weights as files: what is shipped, and what is read back."""
 
+import json
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
-__all__ = ["load_weights", "save_weights"]
+from . import __version__
+
+__all__ = ["check_version", "load_weights", "save_weights"]
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -56,3 +59,18 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         )
     network.load_state_dict(state)
     return network
+
+
+def check_version(bundle_root: str | Path) -> None:
+    """Refuse a bundle that was made for another version of this package, by what its metadata require.
+
+    Raises:
+        ValueError: if the major or minor version differs; the message says which one is needed.
+    """
+    path = Path(bundle_root) / "configs" / "metadata.json"
+    required = json.loads(path.read_text())["required_packages_version"].get("cardiac-qc-plugin")
+    if required is not None and required.split(".")[:2] != __version__.split(".")[:2]:
+        raise ValueError(
+            f"{path}: the bundle needs cardiac-qc-plugin {required}, and {__version__} is installed. Install that "
+            "version, or take the bundle that came with yours."
+        )

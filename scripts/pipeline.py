@@ -13,35 +13,7 @@
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
-import json
 import sys
-
-
-def _segmenter(model: str, map: str, samples: int, device: str, bundle_dir: str | None):
-    """The segmentation bundle of a network."""
-    from cardiac_qc_plugin.bundle import BundlePredictor, find_bundle
-
-    if model not in ("dn", "drn", "unet"):
-        raise ValueError(f"--model is dn, drn or unet, got '{model}'.")
-    if map not in ("bmap", "emap"):
-        raise ValueError(f"--map is bmap or emap, got '{map}'.")
-    folder = find_bundle(f"cardiac_{model}_segmentation", bundle_dir)
-    return BundlePredictor(folder, device, map=map, samples=samples)
-
-
-def _detector(model: str, map: str, device: str, bundle_dir: str | None, threshold: float | None):
-    """The failure bundle, with the detector for a network and map."""
-    from cardiac_qc_plugin.bundle import BundlePredictor, find_bundle
-
-    settings = {} if threshold is None else {"threshold": threshold}
-    folder = find_bundle("cardiac_segmentation_failure", bundle_dir)
-    available = json.loads((folder / "configs" / "inference.json").read_text())["detectors"]
-    if f"{model}_{map}" not in available:
-        raise ValueError(
-            f"The failure bundle has no detector for --model {model} --map {map}, but for {', '.join(available)}. "
-            "Train one with the bundle's train.json."
-        )
-    return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)
 
 
 def _summary(cases: list[dict], output: str) -> None:
@@ -93,17 +65,15 @@ def run(
         fold: only this fold of a datalist.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
+    from cardiac_qc_plugin.bundle import load_models
     from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import CaseFailures
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    if map == "bmap" and samples < 2:
-        raise ValueError(f"The b-map needs 2 --samples or more, got {samples}. Without sampling, use --map emap.")
     scans = find_scans(input, root, fold)
-    segmenter = _segmenter(model, map, samples, device, bundle_dir)
-    detector = _detector(model, map, device, bundle_dir, threshold)
+    models = load_models(model, map, samples, device, bundle_dir, threshold)
     try:
-        cases = run_workflow(scans, str(output), segmenter, detector)
+        cases = run_workflow(scans, str(output), *models)
     except CaseFailures as failures:
         _summary(failures.cases, output)
         raise
@@ -134,11 +104,12 @@ def segment(
         fold: only this fold of a datalist.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
+    from cardiac_qc_plugin.bundle import load_segmenter
     from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     scans = find_scans(input, root, fold)
-    cases = run_workflow(scans, str(output), _segmenter(model, map, samples, device, bundle_dir), None)
+    cases = run_workflow(scans, str(output), load_segmenter(model, map, samples, device, bundle_dir), None)
     print(f"{len(cases)} scan(s) segmented in {output}.")
 
 

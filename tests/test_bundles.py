@@ -1,5 +1,6 @@
 """The bundles as a MONAI user starts them: configs agree, networks fit the metadata, training runs and resumes."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor, SegmentWithBundled
 from cardiac_qc_plugin.checkpoints import load_weights, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
+from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.workflows.files import read_volume, write_json, write_like
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +46,9 @@ def acdc_like(tmp_path_factory):
     return root
 
 
-def train(bundle, acdc_like, ckpt_dir, **overrides):
-    """Run a bundle's training in this process; two iterations unless overridden."""
+def train(bundle, acdc_like, ckpt_dir, *overlays, **overrides):
+    """Run a bundle's training, or an overlay on it, in this process; two iterations unless overridden."""
+    configs = ROOT / "bundles" / bundle / "configs"
     settings = {
         "bundle_root": str(ROOT / "bundles" / bundle),
         "dataset_dir": str(acdc_like / "data"),
@@ -56,9 +59,8 @@ def train(bundle, acdc_like, ckpt_dir, **overrides):
         "batch_size": 2,
         **overrides,
     }
-    workflow = ConfigWorkflow(
-        config_file=str(ROOT / "bundles" / bundle / "configs" / "train.json"), workflow_type="train", **settings
-    )
+    files = [str(configs / name) for name in ("train.json", *overlays)]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **settings)
     workflow.initialize()
     missing = workflow.check_properties()
     workflow.run()
@@ -94,16 +96,14 @@ def test_training_and_inference_agree(bundle):
     training, inference = config(bundle, "train"), config(bundle, "inference")
     shared = {"network_def", "network", "spacing", "region_size", "min_size", "see_segmentation"} & set(training)
     assert {key: training[key] for key in shared} == {key: inference[key] for key in shared}
-
-    def steps(section):
-        named = {}
-        for step in section["transforms"]:
-            named[step["_target_"]] = {k: v for k, v in step.items() if k not in ("keys", "mode", "allow_missing_keys")}
-        return named
-
-    trained, inferred = steps(training["train"]["preprocessing"]), steps(inference["preprocessing"])
-    inferred.pop("cardiac_qc_plugin.bundle.SegmentWithBundled", None)  # training reads what was segmented before
-    assert {name: trained[name] for name in inferred} == inferred
+    trained, inferred = training["train"]["deterministic_transforms"], inference["preprocessing"]["transforms"]
+    if bundle in SEGMENTATION:
+        assert trained == inferred
+        return
+    settings = {step["_target_"]: {k: v for k, v in step.items() if k != "keys"} for step in trained}
+    for step in inferred:  # it may segment first, where training reads what was segmented before
+        used = {k: v for k, v in step.items() if k not in ("keys", "allow_missing_keys")}
+        assert settings.get(step["_target_"], used) == used
 
 
 def test_segmentation_bundles_differ_in_network_and_regime_only():
@@ -111,8 +111,11 @@ def test_segmentation_bundles_differ_in_network_and_regime_only():
     for name in ("train", "inference"):
         first, *others = ({k: v for k, v in config(bundle, name).items() if k not in own} for bundle in SEGMENTATION)
         assert all(other == first for other in others)
-    folds = {(ROOT / "bundles" / bundle / "configs" / "acdc_folds.json").read_text() for bundle in BUNDLES}
-    assert len(folds) == 1
+    for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate"):
+        assert (
+            len({(ROOT / "bundles" / bundle / "configs" / f"{name}.yaml").read_text() for bundle in SEGMENTATION}) == 1
+        )
+    assert len({(ROOT / "bundles" / bundle / "configs" / "acdc_folds.json").read_text() for bundle in BUNDLES}) == 1
 
 
 @pytest.mark.parametrize(
@@ -134,9 +137,109 @@ def test_segmentation_trains(bundle, overrides, acdc_like, tmp_path):
     assert not list(tmp_path.glob("resume*"))
 
 
+def csv_rows(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_evaluate_overlay_scores_the_left_out_fold(acdc_like, tmp_path):
+    """Its figures are those of the pipeline's own metrics on what inference writes for the same fold."""
+    bundle = "cardiac_drn_segmentation"
+    common = {"samples": 2, "amp": False}
+    workflow, missing = train(
+        bundle,
+        acdc_like,
+        tmp_path,
+        "evaluate.yaml",
+        output_dir=str(tmp_path / "eval"),
+        ckpt_path=str(ROOT / "bundles" / bundle / "models" / "model.pt"),
+        **common,
+    )
+    assert missing == []
+    items = [i for i in json.loads((acdc_like / "folds.json").read_text())["training"] if i["fold"] == 0]
+    predict = BundlePredictor(ROOT / "bundles" / bundle, **common)
+    expected = []
+    for item in items:
+        reference = read_volume(acdc_like / "data" / item["label"])
+        labels = np.asarray(predict({"image": str(acdc_like / "data" / item["image"])})["pred"])[0]
+        expected.append(list(dice_and_hausdorff(labels, reference.data, reference.spacing).values()))
+    for name, score in (("val_mean_dice", "dice"), ("val_hausdorff_mm", "hausdorff")):
+        rows = csv_rows(tmp_path / "eval" / f"{name}_raw.csv")
+        assert [Path(row["filename"]).name for row in rows] == [Path(item["image"]).name for item in items]
+        found = [[float(row[f"class{index}"]) for index in range(3)] for row in rows]
+        np.testing.assert_allclose(found, [[getattr(s, score) for s in scores] for scores in expected], rtol=1e-4)
+    metrics = workflow.parser.get_parsed_content("validate#evaluator").state.metrics
+    dice = np.mean([[s.dice for s in scores] for scores in expected])
+    assert metrics["val_mean_dice"] == pytest.approx(dice, rel=1e-5)
+
+
+def test_evaluate_overlay_judges_the_detector(acdc_like, tmp_path):
+    overrides = {"predictions_dir": str(acdc_like / "predictions"), "map": "emap", "output_dir": str(tmp_path)}
+    _, missing = train("cardiac_segmentation_failure", acdc_like, tmp_path, "evaluate.yaml", **overrides)
+    assert missing == []
+    record = json.loads((tmp_path / "detection.json").read_text())
+    detector = config("cardiac_segmentation_failure", "inference")["detectors"]["drn_emap"]
+    assert record["threshold"] == detector["threshold"]
+    assert record["n_volumes"] == 10 and record["validation"]["regions_failing"] > 0
+    assert "val_region_average_precision" in (tmp_path / "metrics.csv").read_text()
+
+
+def start(arguments, tmp_path, **options):
+    """Run a module of python, as a user does, from another folder."""
+    command = [sys.executable, "-m", *arguments]
+    command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+
+def torchrun(run, overlays, acdc_like, tmp_path, bundle="cardiac_dn_segmentation", **options):
+    """Two processes on CPUs."""
+    configs = ROOT / "bundles" / bundle / "configs"
+    arguments = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run", run]
+    common = {
+        "config_file": str([str(configs / name) for name in ("train.json", *overlays)]),
+        "bundle_root": configs.parent,
+        "dataset_dir": acdc_like / "data",
+        "data_list_file_path": acdc_like / "folds.json",
+        "ckpt_dir": tmp_path,
+        "output_dir": tmp_path / "eval",
+    }
+    finished = start(arguments, tmp_path, **common, **options)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout + finished.stderr
+
+
+def test_two_processes_train_and_evaluate(acdc_like, tmp_path):
+    regime = {"iterations": 2, "epoch_length": 1, "val_interval": 2, "batch_size": 2, "patch_size": 32}
+    torchrun("training", ["multi_gpu_train.yaml"], acdc_like, tmp_path, **regime)
+    assert not list(tmp_path.glob("resume*"))
+    settings = {"samples": 2, "amp": False}
+    torchrun("evaluating", ["evaluate.yaml", "multi_gpu_evaluate.yaml"], acdc_like, tmp_path, **settings)
+    together = csv_rows(tmp_path / "eval" / "val_mean_dice_raw.csv")
+    train("cardiac_dn_segmentation", acdc_like, tmp_path, "evaluate.yaml", output_dir=str(tmp_path / "one"), **settings)
+    alone = csv_rows(tmp_path / "one" / "val_mean_dice_raw.csv")
+    assert len(alone) == 10 and sorted(map(str, together)) == sorted(map(str, alone))
+
+
+def test_two_processes_train_a_detector(acdc_like, tmp_path):
+    options = {"predictions_dir": acdc_like / "predictions", "patch_size": 40, "min_size": 40, "iterations": 2}
+    torchrun("training", ["multi_gpu_train.yaml"], acdc_like, tmp_path, "cardiac_segmentation_failure", **options)
+    assert json.loads((tmp_path / "model_operating_point.json").read_text())["n_volumes"] == 2
+    overlays = ["evaluate.yaml", "multi_gpu_evaluate.yaml"]
+    torchrun(
+        "evaluating",
+        overlays,
+        acdc_like,
+        tmp_path,
+        "cardiac_segmentation_failure",
+        map="bmap",
+        **{"predictions_dir": acdc_like / "predictions"},
+    )
+    assert json.loads((tmp_path / "eval" / "detection.json").read_text())["n_volumes"] == 10
+
+
 def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_path):
     predictions = str(acdc_like / "predictions")
-    overrides = {"predictions_dir": predictions, "patch_size": 40, "min_size": 40}
+    overrides = {"predictions_dir": predictions, "patch_size": 40, "min_size": 40, "val_interval": 1}
     workflow, missing = train("cardiac_segmentation_failure", acdc_like, tmp_path, **overrides)
     assert missing == []
     point = json.loads((tmp_path / "model_operating_point.json").read_text())
@@ -222,7 +325,7 @@ def test_failure_bundle_stands_alone(acdc_like, tmp_path):
 def test_half_of_the_precomputed_maps_is_refused():
     image = MetaTensor(torch.zeros(1, 4, 4, 1), meta={"filename_or_obj": "scan.nii.gz"})
     with pytest.raises(ValueError, match="scan.nii.gz: there is a segmentation only"):
-        SegmentWithBundled("nowhere", "bmap")({"image": image, "segmentation": image})
+        SegmentWithBundled("nowhere", "bmap", 10)({"image": image, "segmentation": image})
 
 
 def test_operating_points_are_those_that_training_chose():

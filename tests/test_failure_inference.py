@@ -140,17 +140,12 @@ def test_operating_point_has_the_largest_f2(tmp_path):
     rng = np.random.default_rng(0)
     cells = rng.random((10, 10))
     failing = rng.random((10, 10)) < cells**2
-    painted = cells.repeat(8, 0).repeat(8, 1)
-
-    class Inferer:
-        region_size, min_size = 8, 80
-
-        def __call__(self, stacks, network):
-            return torch.from_numpy(painted.astype(np.float32))[None, None, ..., None]
-
-    item = {"image": np.zeros((3, 80, 80, 1), np.float32), "label": failing.repeat(8, 0).repeat(8, 1)[None, ..., None]}
+    painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
+    volume = volume_detection(painted, failures, [(0, 80, 0, 80)], 8)
     file = tmp_path / "point.json"
-    chosen = choose_operating_point(torch.nn.Identity(), [item], Inferer(), torch.device("cpu"), file)
-    score = {t: fbeta_score(failing.ravel(), cells.ravel() >= t - 1e-6, beta=2) for t in [*cells.ravel(), chosen]}
-    assert score[chosen] == pytest.approx(max(score.values()))
-    assert read_json(file)["threshold"] == chosen and read_json(file)["n_volumes"] == 1
+    chosen = choose_operating_point([volume], file)
+    score = {t: fbeta_score(failing.ravel(), cells.ravel() >= t, beta=2) for t in [*cells.ravel(), chosen]}
+    assert score[chosen] == max(score.values())
+    record = read_json(file)
+    assert record["threshold"] == chosen and record["n_volumes"] == 1 and record["beta"] == 2
+    assert record["validation"]["region_recall"] == (failing & (cells >= chosen)).sum() / failing.sum()

@@ -18,7 +18,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor, root_cause
 from cardiac_qc_plugin.checkpoints import load_weights
 from cardiac_qc_plugin.workflows.files import read_json, write_text
 
-__all__ = ["Fold", "FoldInferer", "key_metric", "split_settings", "train", "validate"]
+__all__ = ["Fold", "FoldInferer", "split_settings", "train", "validate", "validation_metrics"]
 
 NOT_COPIED = shutil.ignore_patterns("models", "eval", "mlruns*", "__pycache__")  # of a bundle: what its runs wrote
 DATALIST = {"data_list_file_path": "$@bundle_root + '/configs/datalist.json'"}  # in the copy of the bundle
@@ -132,29 +132,24 @@ def validate(config_file: str | list[str]) -> dict[str, Any]:
     """Score a fold's weights, as they are in the file, by its bundle's ``validate#evaluator``.
 
     Returns:
-        What is written to ``progress.yaml``: ``best_avg_dice_score``, the key metric over the fold's scans, and
-        ``metric``, its name in the bundle.
+        What is written to ``progress.yaml``: ``best_avg_dice_score``, the mean over the fold's scans, and all
+        ``metrics``, by their names in the bundle.
     """
     fold = Fold.of_config(config_file)
-    metric, value = key_metric(fold.training())
-    score = {"best_avg_dice_score": value, "metric": metric, "fold": fold.parameters["fold"]}
+    metrics, key = validation_metrics(fold.training())
+    score = {"best_avg_dice_score": metrics[key], "fold": fold.parameters["fold"], "metrics": metrics}
     write_text(fold.progress, yaml.safe_dump([score], sort_keys=False))
     return score
 
 
-def key_metric(workflow: ConfigWorkflow, weights: str | Path | None = None) -> tuple[str, float]:
-    """Name and value of the key metric of weights, by a training's ``validate#evaluator``.
-
-    Args:
-        workflow: a training that has not been started.
-        weights: the weights, the ones that the training writes by default.
-    """
-    parser = workflow.parser
-    load_weights(parser.get_parsed_content("network"), weights or parser.get_parsed_content("ckpt_path"))
+def validation_metrics(training: ConfigWorkflow) -> tuple[dict[str, float], str]:
+    """Metrics of the weights that a training wrote by its ``validate#evaluator``, and which of them is the key one."""
+    parser = training.parser
+    load_weights(parser.get_parsed_content("network_def"), parser.get_parsed_content("ckpt_path"))
     evaluator = parser.get_parsed_content("validate#evaluator")
     evaluator.run()
-    name = evaluator.state.key_metric_name
-    return name, float(evaluator.state.metrics[name])
+    metrics = {name: float(value) for name, value in evaluator.state.metrics.items()}
+    return metrics, evaluator.state.key_metric_name
 
 
 class FoldInferer:

@@ -1,8 +1,9 @@
 """Data sets, datalists and training batches."""
 
 from .acdc import acdc_datalist
+from .folds import hold_out, read_fold
 from .phantom import ShortAxisPhantom
-from .predictions import hold_out, with_predictions
+from .predictions import with_predictions
 from .slices import PatchAugmentation, SlicePatchDataset, positive_weight
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "acdc_datalist",
     "hold_out",
     "positive_weight",
+    "read_fold",
     "with_predictions",
 ]

@@ -4,9 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .acdc import SAME_SCAN
-
-__all__ = ["MAP_FILES", "case_name", "hold_out", "with_predictions"]
+__all__ = ["MAP_FILES", "case_name", "with_predictions"]
 
 MAP_FILES = {"bmap": "bayesian.nii.gz", "emap": "entropy.nii.gz"}
 
@@ -55,26 +53,3 @@ def check_made_for(record: Path, map: str) -> None:
             f"{record}: segmented for the {made['map']} with {made['samples']} samples, which does not go with the "
             f"{map}. Segment with --map {map}" + (" and two samples or more." if map == "bmap" else ".")
         )
-
-
-def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[dict]]:
-    """Split training items by patient, to choose an operating point without the test fold.
-
-    Patients are sorted by disease group and name, and every fifth goes to validation, so that each group gives its
-    share.
-
-    Args:
-        items: datalist items with ``meta``: ``patient`` and ``group``.
-        every: one patient in this many is held out.
-
-    Returns:
-        Training items and validation items.
-    """
-    twin = {second: first for first, second in SAME_SCAN}
-    patients = sorted({(item["meta"]["group"], item["meta"]["patient"]) for item in items})
-    held = {name for _, name in [p for p in patients if p[1] not in twin][every // 2 :: every]}
-    held |= {second for second, first in twin.items() if first in held}
-    return (
-        [item for item in items if item["meta"]["patient"] not in held],
-        [item for item in items if item["meta"]["patient"] in held],
-    )

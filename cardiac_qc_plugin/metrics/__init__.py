@@ -20,6 +20,7 @@ from cardiac_qc_plugin.metrics.detection import (
     operating_point,
     patient_average_precision,
     pooled_average_precision,
+    region_average_precision,
     region_curve,
     slice_precision_recall,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "patient_average_precision",
     "pearson",
     "pooled_average_precision",
+    "region_average_precision",
     "region_curve",
     "slice_precision_recall",
     "structure_volumes",

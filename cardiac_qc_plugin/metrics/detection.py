@@ -269,6 +269,25 @@ def pooled_average_precision(volumes: Sequence[VolumeDetection]) -> float:
     return float(average_precision_score(failing, np.concatenate([v.slice_probability for v in volumes])))
 
 
+def region_average_precision(volumes: Sequence[VolumeDetection]) -> float:
+    """Average precision of regions with failures over the regions of all volumes together.
+
+    Args:
+        volumes: at least one.
+
+    Returns:
+        Average precision in (0, 1], nan if no region has a failure.
+
+    Raises:
+        ValueError: if there are no volumes.
+    """
+    _check_volumes(volumes)
+    failing = np.concatenate([v.failure_voxels for v in volumes]) > 0
+    if not failing.any():
+        return float("nan")
+    return float(average_precision_score(failing, np.concatenate([v.probability for v in volumes])))
+
+
 def failing_slice_percentage(volumes: Sequence[VolumeDetection]) -> float:
     """Percentage of a volume's slices that have a failure, mean over volumes (paper, Table III).
 

@@ -16,6 +16,7 @@ from cardiac_qc_plugin.auto3dseg.algo import template_parameters
 from cardiac_qc_plugin.auto3dseg.ensemble import ensemble_maps
 from cardiac_qc_plugin.auto3dseg.fold import split_settings
 from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.data import read_fold
 from cardiac_qc_plugin.transforms import PairwiseDiced
 
 from .files import file_sha256, read_json, write_json
@@ -36,10 +37,7 @@ def check_datalist(datalist: str | Path, root: str | Path) -> int:
     folds = Counter(item["fold"] for item in items)
     if len(folds) < 2 or sorted(folds) != list(range(len(folds))):
         raise ValueError(f"{datalist}: folds have to be 0, 1 and so on without gaps, two or more; got {sorted(folds)}.")
-    missing = [Path(root, item[key]) for item in items for key in ("image", "label")]
-    missing = [path for path in missing if not path.is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]}: no such file, but {datalist} lists it ({len(missing)} missing in all).")
+    read_fold(datalist, root, 0)  # complains of files that are not there
     return len(folds)
 
 

@@ -1,6 +1,7 @@
 """A trained fold, or any checkpoint of a bundle's training, as a MONAI bundle with these weights."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from cardiac_qc_plugin.auto3dseg.algo import TEMPLATES, template_parameters
-from cardiac_qc_plugin.auto3dseg.fold import DATALIST, NOT_COPIED, Fold, key_metric, split_settings
-from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.auto3dseg.fold import DATALIST, NOT_COPIED, Fold, split_settings, validation_metrics
+from cardiac_qc_plugin.bundle import find_bundle, root_cause
 from cardiac_qc_plugin.checkpoints import load_weights, save_weights
 
 from .files import read_json, write_text
@@ -29,7 +30,7 @@ class Trained:
         bundle: folder of the bundle that was trained.
         weights: the file of weights.
         overrides: entries of the bundle's configs that were replaced, by config.
-        metrics: key metric over the scans that were left out, by name, where it is known.
+        metrics: by name, over the scans that were left out; none where they are not known.
         what: which weights these are, in words.
     """
 
@@ -46,9 +47,8 @@ def of_fold(folder: Path) -> Trained:
     score = fold.score()
     overrides = {name: fold.overrides(name) for name in ("train", "inference")}
     del overrides["train"]["dataset_dir"]  # a place on this machine
-    metrics = {score["metric"]: score["best_avg_dice_score"]}
     what = f"weights of {folder.resolve().name}, trained by Auto3DSeg, fold {score['fold']} left out"
-    return Trained(fold.bundle, fold.bundle / "models" / "model.pt", overrides, metrics, what)
+    return Trained(fold.bundle, fold.bundle / "models" / "model.pt", overrides, score["metrics"], what)
 
 
 def of_weights(weights: Path, bundle: Path, settings: dict[str, Any]) -> Trained:
@@ -84,17 +84,18 @@ def copy_weights(weights: Path, folder: Path) -> None:
 
 
 def measure(folder: Path, root: str | Path) -> dict[str, float]:
-    """Key metric of the bundle's weights over its validation scans, by name.
+    """Metrics of the bundle's weights over its validation scans, by name.
 
     Raises:
-        ValueError: if its datalist has no such scans.
+        ValueError: if its datalist has no such scans, or they are not there.
     """
     file = folder / "configs" / "train.json"
-    workflow = ConfigWorkflow(str(file), workflow_type="train", bundle_root=str(folder), dataset_dir=str(root))
-    parser = workflow.parser
-    if not parser.get_parsed_content("datalists")[1]:
-        raise ValueError(f"{root}: the datalist has no item in fold {parser['fold']}.")
-    return dict([key_metric(workflow)])
+    try:
+        return validation_metrics(
+            ConfigWorkflow(str(file), workflow_type="train", bundle_root=str(folder), dataset_dir=str(root))
+        )[0]
+    except RuntimeError as error:
+        raise ValueError(str(root_cause(error))) from error
 
 
 def note_weights(folder: Path, version: str | None, what: str, metrics: dict[str, float]) -> None:
@@ -106,6 +107,7 @@ def note_weights(folder: Path, version: str | None, what: str, metrics: dict[str
         version = f"{first}.{int(last) + 1}"
     if version in metadata["changelog"]:
         raise ValueError(f"{folder.name}: version {version} is in its changelog already. Give another version.")
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has numbers only
     what += "".join(f"; {name} over the fold's scans: {value:.4f}" for name, value in metrics.items())
     metadata |= {"version": version, "changelog": {version: what, **metadata["changelog"]}}
     metadata.pop("eval_metrics", None)
@@ -130,7 +132,7 @@ def fold_to_bundle(
     """Make a bundle of a trained fold, or of a checkpoint.
 
     The result has the configs of the bundle that was trained, with the settings of that training, its datalist, the
-    weights in half precision, and the fold's own validation metric in its metadata.
+    weights in half precision, and the fold's own validation metrics in its metadata.
 
     Args:
         source: a fold's folder in AutoRunner's work folder, or a file of weights.

@@ -324,7 +324,7 @@ def test_command_line(bundles, tmp_path):
     assert {scan.case for scan in again} == {"patient001_frame01", "patient001_frame11", "broken"}
     for settings_, message in (
         (("--model", "unet"), "no MONAI bundle there"),
-        (("--model", "dn", "--samples", 1), "2 --samples or more"),
+        (("--model", "dn", "--samples", 1), "2 samples or more"),
         (("--model", "dn", "--device", "gpu"), "device"),
     ):
         arguments = ("--input", tmp_path / "acdc", "--output", tmp_path / "out", "--bundle_dir", bundles)

@@ -1,0 +1,65 @@
+"""Which items of a datalist a training sees, and which are kept from it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from monai.auto3dseg.utils import datafold_read
+
+from .acdc import SAME_SCAN
+
+__all__ = ["hold_out", "read_fold"]
+
+
+def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[dict], list[dict]]:
+    """Items of a MONAI datalist outside and inside a fold, their paths below ``root``.
+
+    Args:
+        datalist: JSON file, ``{"training": [{"image", "label", "fold"}, ...]}``.
+        root: folder that its paths are relative to.
+        fold: the fold that is left out.
+
+    Returns:
+        Items of the other folds, and items of this one.
+
+    Raises:
+        ValueError: if the datalist is missing or damaged, has no such fold, or lists a file that is not there.
+    """
+    datalist = Path(datalist)
+    try:
+        others, left_out = datafold_read(json.loads(datalist.read_text()), str(root), fold)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{datalist}: cannot be read as a datalist with the list 'training' ({error!r}).") from error
+    if not others or not left_out:
+        folds = sorted({item.get("fold") for item in others + left_out if "fold" in item})
+        raise ValueError(f"{datalist}: fold {fold} would leave nothing on one side. Its folds are {folds}.")
+    for item in others + left_out:
+        for path in (item.get("image"), item.get("label")):
+            if path is None or not Path(path).is_file():
+                raise ValueError(
+                    f"{path}: no such file, but {datalist} lists it. Give the data set's folder with --dataset_dir."
+                )
+    return others, left_out
+
+
+def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[dict]]:
+    """Split training items by patient, to choose an operating point without the test fold.
+
+    Patients are sorted by disease group and name, and every fifth goes to validation, so that each group gives its
+    share.
+
+    Args:
+        items: datalist items with ``meta``: ``patient`` and ``group``.
+        every: one patient in this many is held out.
+
+    Returns:
+        Training items and validation items.
+    """
+    twin = {second: first for first, second in SAME_SCAN}
+    patients = sorted({(item["meta"]["group"], item["meta"]["patient"]) for item in items})
+    held = {name for _, name in [p for p in patients if p[1] not in twin][every // 2 :: every]}
+    held |= {second for second, first in twin.items() if first in held}
+    return (
+        [item for item in items if item["meta"]["patient"] not in held],
+        [item for item in items if item["meta"]["patient"] in held],
+    )

@@ -1,0 +1,1 @@
+"""App for MONAI Label (docs/monailabel.md): start its server with this folder as ``--app``."""
