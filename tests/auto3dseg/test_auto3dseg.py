@@ -335,6 +335,6 @@ def test_ensemble_needs_two_members(trained):
 
 def test_bundles_that_are_not_installed(monkeypatch, tmp_path):
     """An installed package has no bundles beside it."""
-    monkeypatch.setattr("cardiac_qc_plugin.bundle.__file__", str(tmp_path / "site" / "cardiac_qc_plugin" / "bundle.py"))
+    monkeypatch.setattr("cardiac_qc_plugin.bundle.BUNDLES", tmp_path / "site-packages" / "bundles")
     with pytest.raises(ValueError, match="Bundles come with the repository, not with the package"):
         find_bundle(DN)
