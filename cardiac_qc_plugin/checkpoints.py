@@ -1,15 +1,21 @@
-"""Weights as files: what is shipped, and what is read back."""
+"""Weights as files: what is shipped, and what is read back; and what an interrupted training goes on from."""
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import ignite.distributed as idist
 import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import DiskSaver
+from monai.utils import set_determinism
 from torch import nn
 
 from . import __version__
 
-__all__ = ["check_version", "load_weights", "save_weights"]
+__all__ = ["EpochCheckpoint", "check_version", "load_weights", "save_weights"]
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -74,3 +80,37 @@ def check_version(bundle_root: str | Path) -> None:
             f"{path}: the bundle needs cardiac-qc-plugin {required}, and {__version__} is installed. Install that "
             "version, or take the bundle that came with yours."
         )
+
+
+class EpochCheckpoint:
+    """Save a training after each epoch, and make each epoch's random numbers depend on nothing before it.
+
+    A training that is resumed from such a checkpoint ends with the weights of one that was never interrupted, bit for
+    bit where the device computes deterministically. A checkpoint replaces the one before it only when it is complete.
+
+    Args:
+        folder: where ``checkpoint.pt`` goes; made at the first checkpoint.
+        state: objects with a ``state_dict``, by the name that MONAI's ``CheckpointLoader`` will look for.
+        seed: epoch n draws its random numbers from ``seed`` + n, and from another one in each further process.
+    """
+
+    def __init__(self, folder: str | Path, state: Mapping[str, Any], seed: int) -> None:
+        self.folder = folder
+        self.state = state
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reseed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def reseed(self, engine: Engine) -> None:
+        """Seed all generators for the epoch that starts; no process repeats another's numbers."""
+        set_determinism(self.seed + engine.state.epoch + 100_003 * idist.get_rank())
+
+    def save(self, engine: Engine) -> None:
+        """Write the checkpoint, in the first process."""
+        if idist.get_rank() > 0:
+            return
+        state = {name: entry.state_dict() for name, entry in self.state.items()}
+        DiskSaver(self.folder, require_empty=False)(state, "checkpoint.pt")
