@@ -23,6 +23,11 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
     Raises:
         ValueError: if there is no such bundle.
     """
+    if root is None and not BUNDLES.is_dir():
+        raise ValueError(
+            f"{BUNDLES}: no such folder. Bundles come with the repository, not with the package: give their folder "
+            "(bundle_dir)."
+        )
     folder = Path(BUNDLES if root is None else root) / name
     if not (folder / "configs" / "inference.json").is_file():
         raise ValueError(f"{folder}: no MONAI bundle there (configs/inference.json is missing).")

@@ -7,6 +7,8 @@
     python scripts/pipeline.py correct  --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py evaluate --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py export   --bundle NAME --output DIR
+    python scripts/pipeline.py auto3dseg --datalist FILE --root DIR --output DIR
+    python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -227,6 +229,76 @@ def export(
     print(export_workflow(bundle, output, bundle_dir, weights, weights_url))
 
 
+def auto3dseg(
+    datalist: str,
+    root: str,
+    output: str,
+    algos: str | None = None,
+    num_fold: int | None = None,
+    input: str | None = None,
+    bundle_dir: str | None = None,
+    **settings,
+) -> None:
+    """Train the segmentation networks on the folds of a datalist by MONAI's AutoRunner, and segment with the ensemble.
+
+    Args:
+        datalist: MONAI datalist with folds, as datalist writes it.
+        root: folder of the data; paths in the datalist are relative to it.
+        output: AutoRunner's work folder; what is done is skipped when the command is run again.
+        algos: bayesdn, bayesdrn, bayesunet, or several of them with commas; all by default.
+        num_fold: train the first folds only, so many; all by default.
+        input: scans to segment with the ensemble, as for run; results go to ensemble/ in the output folder.
+        bundle_dir: folder of the bundles, instead of the repository's.
+        settings: any other option is an entry of the bundles' configs: --iterations 4000 --learning_rate 0.0005.
+    """
+    from pathlib import Path
+
+    from cardiac_qc_plugin.data.inputs import find_scans
+    from cardiac_qc_plugin.workflows.auto3dseg import EnsembleSegmenter
+    from cardiac_qc_plugin.workflows.auto3dseg import auto3dseg as auto3dseg_workflow
+    from cardiac_qc_plugin.workflows.run import run as run_workflow
+
+    scans = find_scans(input) if input else []
+    scores = auto3dseg_workflow(datalist, root, output, algos, num_fold, bundle_dir, settings)
+    print("\nMean Dice coefficient on the fold left out:")
+    for name, dice in scores.items():
+        print(f"  {name}: {dice:.3f}")
+    if scans:
+        folder = Path(output) / "ensemble"
+        segmenter = EnsembleSegmenter(output)
+        run_workflow(scans, folder, segmenter, None)
+        print(f"{len(scans)} scan(s) segmented by {', '.join(segmenter.members)} in {folder}.")
+
+
+def fold_to_bundle(
+    source: str,
+    output: str,
+    bundle: str | None = None,
+    root: str | None = None,
+    datalist: str | None = None,
+    fold: int | None = None,
+    version: str | None = None,
+    bundle_dir: str | None = None,
+    **settings,
+) -> None:
+    """Make a MONAI bundle of a fold that auto3dseg trained, or of any checkpoint of a bundle's training.
+
+    Args:
+        source: a fold's folder (bayesdn_0), or a file of weights.
+        output: folder for the bundle.
+        bundle: name of the bundle that a file of weights belongs to.
+        root: folder of the data to validate a file of weights on; without it no performance is recorded.
+        datalist: datalist of its training, instead of the bundle's.
+        fold: fold that was left out of its training, instead of the bundle's.
+        version: version of the new bundle; the last number one higher by default.
+        bundle_dir: folder of the bundles, instead of the repository's.
+        settings: any other option is an entry of the bundle's configs that was replaced in its training.
+    """
+    from cardiac_qc_plugin.workflows.fold_to_bundle import fold_to_bundle as workflow
+
+    print(workflow(source, output, bundle, root, datalist, fold, version, bundle_dir, settings))
+
+
 def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
@@ -239,6 +311,8 @@ def main() -> None:
         "correct": correct,
         "evaluate": evaluate,
         "export": export,
+        "auto3dseg": auto3dseg,
+        "fold_to_bundle": fold_to_bundle,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

@@ -1,0 +1,154 @@
+"""MONAI's Auto3DSeg over a datalist with our algorithm templates, and its ensemble as a stage of the pipeline."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from monai.apps.auto3dseg import AutoRunner, import_bundle_algo_history
+from monai.transforms import AsDiscrete
+from monai.utils.enums import AlgoKeys
+
+from cardiac_qc_plugin import __version__
+from cardiac_qc_plugin.auto3dseg import TEMPLATES, UncertaintyEnsemble
+from cardiac_qc_plugin.auto3dseg.algo import template_parameters
+from cardiac_qc_plugin.auto3dseg.ensemble import ensemble_maps
+from cardiac_qc_plugin.auto3dseg.fold import split_settings
+from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.data import read_fold
+from cardiac_qc_plugin.transforms import PairwiseDiced
+
+from .files import file_sha256, read_json, write_json
+from .run import digest
+
+__all__ = ["EnsembleSegmenter", "auto3dseg", "check_datalist"]
+
+
+def check_datalist(datalist: str | Path, root: str | Path) -> int:
+    """Number of folds of a datalist, all of whose training items are there.
+
+    Raises:
+        ValueError: if it is no datalist, has no folds, misses one, or lists a file that is missing.
+    """
+    items = read_json(Path(datalist)).get("training", [])
+    if not items or not all({"image", "label", "fold"} <= set(item) for item in items):
+        raise ValueError(f"{datalist}: 'training' has to list items with image, label and fold.")
+    folds = Counter(item["fold"] for item in items)
+    if len(folds) < 2 or sorted(folds) != list(range(len(folds))):
+        raise ValueError(f"{datalist}: folds have to be 0, 1 and so on without gaps, two or more; got {sorted(folds)}.")
+    read_fold(datalist, root, 0)  # complains of files that are not there
+    return len(folds)
+
+
+def choose(algos: str | list[str] | None) -> list[str]:
+    """Names of algorithm templates, all by default.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    known = sorted(path.name for path in TEMPLATES.iterdir())
+    names = algos.split(",") if isinstance(algos, str) else list(algos or known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"Unknown algorithm '{unknown[0]}': choose from {', '.join(known)}.")
+    return names
+
+
+def remember(output: Path, request: dict[str, Any]) -> None:
+    """Refuse a folder that holds another request's results: AutoRunner would go on with its algorithms and settings."""
+    file = output / "request.json"
+    before = read_json(file) if file.is_file() else request
+    changed = [key for key in request if request[key] != before.get(key)]
+    if changed:
+        raise ValueError(f"{output} was made with other {', '.join(changed)}. Choose another output folder.")
+    write_json(file, request)
+
+
+def auto3dseg(
+    datalist: str | Path,
+    root: str | Path,
+    output: str | Path,
+    algos: str | list[str] | None = None,
+    num_fold: int | None = None,
+    bundle_dir: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Run AutoRunner: data analysis, and training and scoring of each algorithm on each fold.
+
+    What is done is skipped when it is run again with the same output.
+
+    Args:
+        datalist: MONAI datalist with folds; its items' paths are relative to ``root``.
+        root: folder of the data.
+        output: AutoRunner's work folder.
+        algos: names of algorithm templates, all by default.
+        num_fold: train the first folds only, so many; all by default.
+        bundle_dir: folder of the bundles, instead of the repository's.
+        settings: entries of the bundles' configs to replace.
+
+    Returns:
+        Mean Dice coefficient of each algorithm and fold (``bayesdn_0``) on the fold's scans.
+
+    Raises:
+        ValueError: for a datalist, fold, algorithm or setting that does not exist, or an output folder of another run.
+        RuntimeError: if a training fails.
+    """
+    names, settings, folds = choose(algos), dict(settings or {}), check_datalist(datalist, root)
+    num_fold = folds if num_fold is None else num_fold
+    if not 1 <= num_fold <= folds:
+        raise ValueError(f"{datalist} has {folds} folds, so num_fold is 1 to {folds}; got {num_fold}.")
+    for name in names:
+        split_settings(find_bundle(template_parameters(name)["bundle"], bundle_dir), settings)
+    output = Path(output)
+    source = {"datalist": str(datalist), "dataroot": str(Path(root).resolve()), "modality": "MRI", "num_fold": num_fold}
+    source |= {"settings": settings} | ({"bundle_dir": str(bundle_dir)} if bundle_dir else {})
+    remember(output, {**source, "datalist": file_sha256(Path(datalist)), "algos": sorted(names)})
+    runner = AutoRunner(str(output), source, names, templates_path_or_url=str(TEMPLATES), ensemble=False)
+    runner.run()
+    return {algo[AlgoKeys.ID]: algo[AlgoKeys.SCORE] for algo in import_bundle_algo_history(str(output))}
+
+
+class EnsembleSegmenter:
+    """The ensemble of an Auto3DSeg run in the place of a segmentation bundle, see :func:`..run.run`.
+
+    Labels are those of the mean of the members' probabilities, finished by the first member's postprocessing. The
+    b-map shows the disagreement of the members, the e-map the entropy of their mean; the pairwise Dice coefficient is
+    that between members.
+
+    Args:
+        work_dir: AutoRunner's work folder.
+        settings: entries of the members' ``inference.json`` to replace.
+
+    Raises:
+        ValueError: if fewer than two folds have been trained.
+    """
+
+    name = "auto3dseg_ensemble"
+    version = __version__
+
+    def __init__(self, work_dir: str | Path, **settings: Any) -> None:
+        history = import_bundle_algo_history(str(work_dir))
+        ensemble = UncertaintyEnsemble(1 + max((int(algo[AlgoKeys.ID].split("_")[1]) for algo in history), default=0))
+        ensemble.set_algos(history)
+        ensemble.collect_algos()
+        self.members = ensemble.inferers(**settings)
+        predictors = [member.predictor for member in self.members.values()]
+        self.class_names = predictors[0].config["class_names"]
+        self.config = {"map": "bmap", "samples": len(predictors), "seed": predictors[0].config["seed"]}
+        self.inferer = SimpleNamespace(progress=lambda share: None)  # the pipeline puts its progress bar here
+        self.weights_sha256 = digest(*(predictor.weights_sha256 for predictor in predictors))
+        self.digest = digest(*(predictor.digest for predictor in predictors))
+
+    def __call__(self, case: dict[str, str]) -> dict[str, Any]:
+        """Labels, maps ``(1, H, W, D)`` and ``"result"`` of a case, as :class:`..bundle.BundlePredictor` has them."""
+        preds = []
+        for member in self.members.values():
+            preds.append(member.infer(case))
+            self.inferer.progress(len(preds) / len(self.members))
+        maps = ensemble_maps(preds)
+        votes = torch.stack([AsDiscrete(argmax=True, to_onehot=len(pred))(pred) for pred in preds]).mean(dim=0)
+        data = PairwiseDiced("votes", len(preds), self.class_names)({**maps, "votes": votes})
+        data["result"]["members"] = list(self.members)
+        first = next(iter(self.members.values()))
+        return first.labelling({**data, "pred": maps["probabilities"]})
