@@ -35,8 +35,8 @@ def find_bundle(name: str, root: str | Path | None = None) -> Path:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What was raised first: MONAI wraps an error once for each level it passes."""
-    while error.__cause__ is not None:
+    """What was raised: MONAI wraps an error in a RuntimeError for each level it passes."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
