@@ -82,8 +82,9 @@ class CardiacQCApp(MONAILabelApp):
         except MONAILabelException as error:
             raise HTTPException(404, error.msg) from error
         except (ValueError, RuntimeError, OSError) as error:
-            logger.error("%s, %s: %s", request["model"], image, root_cause(error))
-            raise HTTPException(422, str(root_cause(error))) from error
+            reason = str(error if isinstance(error, ValueError) else root_cause(error)).splitlines()[0]
+            logger.error("%s, %s: %s", request["model"], image, reason)
+            raise HTTPException(422, reason) from error
 
     def batch_infer(self, request: dict[str, Any], datastore=None) -> dict[str, Any]:
         """As MONAI Label's, but an image that cannot be processed does not stop the others."""
