@@ -67,15 +67,15 @@ class Server:
         with open(file, "rb") as stream:
             self.call("PUT", f"/datastore/label?image={image}&tag=final", files={"label": stream})
 
-    def train(self, model, **parameters):
-        """Train in the background, and wait for the end."""
-        self.call("POST", f"/train/{model}", json={"max_epochs": 1, "device": "cpu", **parameters})
+    def background(self, task, name, **parameters):
+        """Start a training or scoring as clients do, in the background, and wait for its end."""
+        self.call("POST", f"/{task}/{name}", json={"device": "cpu", **parameters})
         for _ in range(900):
-            task = self.call("GET", "/train/").json()
-            if task["status"] not in ("SUBMITTED", "RUNNING"):
+            state = self.call("GET", f"/{task}/").json()
+            if state["status"] not in ("SUBMITTED", "RUNNING"):
                 break
             time.sleep(1)
-        assert task["status"] == "DONE", "\n".join(task["details"])
+        assert state["status"] == "DONE", "\n".join(state["details"])
 
 
 def nifti(content):
@@ -185,8 +185,8 @@ def test_app(scans, tmp_path):
         np.testing.assert_array_equal(np.asanyarray(plain.dataobj), np.asanyarray(mask.dataobj))
 
         assert server.call("POST", "/activelearning/qc", json={}).json()["id"] == "clear_ed"  # the only one scored
-        scored = server.call("POST", "/scoring/qc?run_sync=true", json=SAMPLES).json()
-        assert scored == {"scored": 2, "failed": {}}
+        server.background("scoring", "qc", **SAMPLES)
+        assert server.call("POST", "/activelearning/qc", json={}).json()["id"] == "noisy_ed"
         infos = {
             name: server.call("GET", f"/datastore/image/info?image={name}").json()["cardiac_qc"]
             for name in ("clear_ed", "noisy_ed")
@@ -194,12 +194,11 @@ def test_app(scans, tmp_path):
         agreement = [value or 0 for value in answer["pairwise_dice"].values()]
         assert infos["clear_ed"]["scores"]["urgency"] == pytest.approx(1 - np.mean(agreement))
         assert infos["noisy_ed"]["scores"]["urgency"] > infos["clear_ed"]["scores"]["urgency"]
-        assert server.call("POST", "/activelearning/qc", json={}).json()["id"] == "noisy_ed"
 
         server.submit("noisy_ed", scans / "noisy_ed_gt.nii.gz")
         assert server.call("POST", "/activelearning/qc", json={}).json()["id"] == "clear_ed"
         before = state(bundle)
-        server.train("cardiac_drn_segmentation")
+        server.background("train", "cardiac_drn_segmentation", max_epochs=1)
         after = state(bundle)
         assert any(not (before[key] == after[key]).all() for key in before)
         assert not list((bundle / "models").glob("resume_*"))
@@ -309,7 +308,7 @@ def test_stock_app(scans, tmp_path):
         server.submit("clear_ed", scans / "clear_ed_gt.nii.gz")
         for name in names:
             before = state(app / "model" / name)
-            server.train(name)
+            server.background("train", name, max_epochs=1)
             after = state(app / "model" / name)
             assert any(not (before[key] == after[key]).all() for key in before)
         for name in (FAILURE, model):
