@@ -59,7 +59,8 @@ class CardiacQCApp(MONAILabelApp):
             networks, maps = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
             first = tasks[f"cardiac_{networks[0]}_segmentation"]
             results = self.work / "results"
-            tasks["cardiac_qc"] = CardiacQC(first, networks, maps, self.bundles, results, self.datastore())
+            qc = CardiacQC(first, networks, maps, self.bundles, results, self.datastore())
+            tasks = {"cardiac_qc": qc, **tasks}  # 3D Slicer runs the first by itself
         return tasks
 
     def init_trainers(self) -> dict[str, Any]:
@@ -81,9 +82,11 @@ class CardiacQCApp(MONAILabelApp):
             return super().infer({**request, "image_id": image}, datastore)
         except MONAILabelException as error:
             raise HTTPException(404, error.msg) from error
-        except (ValueError, RuntimeError, OSError) as error:
-            logger.error("%s, %s: %s", request["model"], image, root_cause(error))
-            raise HTTPException(422, str(root_cause(error))) from error
+        except Exception as error:  # whatever breaks, the client gets one line, and the server goes on
+            foreseen, cause = isinstance(error, ValueError), root_cause(error)
+            reason = str(error) if foreseen else f"{type(cause).__name__}: {cause}".splitlines()[0]
+            logger.error("%s, %s: %s", request["model"], image, reason, exc_info=not foreseen)
+            raise HTTPException(422, reason) from error
 
     def batch_infer(self, request: dict[str, Any], datastore=None) -> dict[str, Any]:
         """As MONAI Label's, but an image that cannot be processed does not stop the others."""
