@@ -84,9 +84,9 @@ def number(value: float | None, digits: int) -> str:
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def spread(mean: float | None, sd: float | None, digits: int) -> str:
-    """Mean ± standard deviation; empty where there is no mean."""
-    return f"{number(mean, digits)} ± {number(sd, digits)}" if number(mean, digits) else ""
+def spread(mean: float | None, sd: float | None, digits: int, sd_digits: int | None = None) -> str:
+    """Mean ± standard deviation, with as many digits unless the paper has fewer; empty where there is no mean."""
+    return f"{number(mean, digits)} ± {number(sd, sd_digits or digits)}" if number(mean, digits) else ""
 
 
 def marks(row: Row) -> str:
@@ -114,7 +114,8 @@ def overlap_text(rows: Sequence[Row], digits: int) -> str:
         count = "" if not counts else "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         ours = [spread(cell["mean"], cell["sd"], digits) + marks(cell) for cell in cells]
         lines.append([f"{name}, ours", *ours, first["folds"], count, str(missing) if counts else ""])
-        paper = [spread(c["paper_mean"], c["paper_sd"], digits) + " *" * c["paper_significant"] for c in cells]
+        paper = [spread(c["paper_mean"], c["paper_sd"], digits, min(digits, 2)) for c in cells]
+        paper = [text + " *" * c["paper_significant"] for text, c in zip(paper, cells, strict=True)]
         lines.append([f"{name}, paper", *paper, "all", "", ""])
     header = ["", *(f"{name} {phase}" for phase, name in CELLS), "folds", "n", "missing or not paired"]
     return markdown(header, lines)
@@ -174,7 +175,8 @@ def samples_text(rows: Sequence[Row]) -> str:
         digits = 3 if cells[0]["metric"] == "dice" else 2
         line = [UNITS[cells[0]["metric"]][0], str(cells[0]["samples"])]
         for cell in cells:
-            line += [spread(cell["mean"], cell["sd"], digits), spread(cell["paper_mean"], cell["paper_sd"], digits)]
+            line.append(spread(cell["mean"], cell["sd"], digits))
+            line.append(spread(cell["paper_mean"], cell["paper_sd"], digits, 2))
         lines.append([*line, "; ".join(dict.fromkeys(cell["folds"] for cell in cells if cell["folds"]))])
     names = [name for name in dict.fromkeys(row["model"] for row in rows) for name in (f"{name}, ours", "paper")]
     return markdown(["", "T", *names, "folds"], lines)

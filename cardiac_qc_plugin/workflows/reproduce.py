@@ -465,7 +465,8 @@ def training_budgets(grid: Grid) -> list[dict[str, Any]]:
 def finish(progress: Progress, measured: Progress, output: Path) -> Outcome:
     """The summary for the terminal."""
     failures = progress.failures | measured.failures
-    lines = [f"{len(progress.carried_out)} stages carried out, {len(progress.skipped)} were there already."]
+    carried_out, skipped = progress.carried_out + measured.carried_out, progress.skipped + measured.skipped
+    lines = [f"{len(carried_out)} stages carried out, {len(skipped)} were there already."]
     if progress.remaining:
         lines.append(f"{len(progress.remaining)} stages remain; run the same command again to go on with:")
         lines += [f"  {name}" for name in progress.remaining]

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,8 +15,6 @@ from cardiac_qc_plugin import __version__
 from .files import OutputError, file_sha256, read_json, write_json
 
 __all__ = ["Budget", "BudgetSpent", "Progress", "Stage", "carry_out"]
-
-logger = logging.getLogger(__name__)
 
 
 class BudgetSpent(RuntimeError):
@@ -153,7 +151,7 @@ def carry_out(stages: Iterable[Stage], budget: Budget) -> Progress:
         elif not stage.ready or not budget.allows():
             progress.remaining.append(stage.name)
         else:
-            logger.info("%s", stage.name)
+            print(f"{stage.name} ...", file=sys.stderr, flush=True)
             try:
                 stage.run(budget)
                 progress.carried_out.append(stage.name)
