@@ -307,7 +307,7 @@ def reproduce(
     """
     from pathlib import Path
 
-    from cardiac_qc_plugin.workflows.reproduce import Settings
+    from cardiac_qc_plugin.workflows.grid import Settings
     from cardiac_qc_plugin.workflows.reproduce import reproduce as reproduce_workflow
 
     settings = Settings(

@@ -1,5 +1,6 @@
 """Stages of a long computation: one whose result is there, made from the same inputs, is not carried out again."""
 
+import gc
 import hashlib
 import json
 import math
@@ -117,7 +118,10 @@ class Stage:
         self.record.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        self.work(self, budget)
+        try:
+            self.work(self, budget)
+        finally:
+            gc.collect()  # a trainer refers to itself, and holds its data and its network's memory
         outputs = self.hashes()
         missing = [name for name, value in outputs.items() if value is None]
         if missing:

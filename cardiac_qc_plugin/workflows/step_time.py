@@ -70,7 +70,8 @@ def training_step(configs: list[str], settings: dict[str, Any]) -> dict[str, Any
         "image": rng.random((channels, 256, 256, 8), dtype=np.float32),
         "label": (rng.random((1, 256, 256, 8)) < 5e-4).astype(np.uint8),  # some regions fail, as w_pos needs
     }
-    parser.update({**settings, "train#dataset#data": [volume], "train#dataset#transform": as_it_is})
+    dataset = {"data": [volume], "transform": as_it_is, "length": STEPS + 1}
+    parser.update({**settings, **{f"train#dataset#{key}": value for key, value in dataset.items()}})
     parser.parse()
     steps = timed_steps(parser)
     next(steps)  # to warm up

@@ -21,10 +21,11 @@ from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows import ablations
-from cardiac_qc_plugin.workflows import reproduce as module
+from cardiac_qc_plugin.workflows import grid as grid_module
 from cardiac_qc_plugin.workflows.ablations import cluster_shares, tolerance_shares
 from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_json
-from cardiac_qc_plugin.workflows.reproduce import Grid, Settings, reproduce
+from cardiac_qc_plugin.workflows.grid import Grid, Settings
+from cardiac_qc_plugin.workflows.reproduce import reproduce
 from cardiac_qc_plugin.workflows.stages import Budget, BudgetSpent, Stage, carry_out
 from cardiac_qc_plugin.workflows.training import read_losses
 
@@ -41,7 +42,7 @@ def world(tmp_path_factory):
     shutil.copytree(ROOT / "bundles", root / "bundles", ignore=shutil.ignore_patterns("models"))
     for configs in (root / "bundles").glob("*/configs"):
         detector = "failure" in configs.parent.name
-        tiny = {"epoch_length": 1, "batch_size": 2, "patch_size": 40 if detector else 32, "train#augmentation": None}
+        tiny = {"epoch_length": 1, "batch_size": 2, "patch_size": 48 if detector else 32, "train#augmentation": None}
         write_json(configs / "tiny.json", tiny if detector else tiny | {"val_interval": 1000})
         for name in ("train", "inference"):
             config = read_json(configs / f"{name}.json")
@@ -186,27 +187,27 @@ def test_a_second_run_does_nothing_and_a_change_only_what_follows(settings, grid
 
 def test_killed_in_training_it_ends_with_the_same_weights(settings, world):
     """SIGKILL in the middle; afterwards every weight and every loss is that of a training that was left alone."""
-    options = {"iterations": 30, "folds": 0}
+    options = {"iterations": 12, "folds": 0}
     killed = world / "killed"
     curve = killed / "drn_ce/fold0/segmentation/loss.csv"
     with subprocess.Popen(
         command(settings, killed, **options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         limit = time.monotonic() + 300
-        while len(read_losses(curve)) < 5 and process.poll() is None and time.monotonic() < limit:
+        while len(read_losses(curve)) < 3 and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert 5 <= len(read_losses(curve)) < 30
+    assert 3 <= len(read_losses(curve)) < 12
     assert not (curve.parent / "model.pt").exists() and list(curve.parent.glob("resume_*/checkpoint.pt"))
     ended = []
     for output in (killed, world / "alone"):
-        stage = Grid(replace(settings, output=output, folds=(0,), iterations=30)).network("drn", "ce", 0)
+        stage = Grid(replace(settings, output=output, folds=(0,), iterations=12)).network("drn", "ce", 0)
         stage.run(Budget())
         losses = [(iteration, loss) for iteration, loss, _ in read_losses(stage.folder / "loss.csv")]
         ended.append((torch.load(stage.folder / "model.pt", weights_only=True), losses))
         assert not list(stage.folder.glob("resume_*"))
-    assert [iteration for iteration, _ in ended[0][1]] == list(range(1, 31))
+    assert [iteration for iteration, _ in ended[0][1]] == list(range(1, 13))
     assert ended[0][1] == ended[1][1]
     torch.testing.assert_close(ended[0][0], ended[1][0], rtol=0, atol=0)
 
@@ -235,16 +236,16 @@ def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, wor
 
 
 def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLES", (1, 3))
-    monkeypatch.setattr(module, "REGION_SIZES", (16,))
+    monkeypatch.setattr(grid_module, "SAMPLES", (1, 3))
+    monkeypatch.setattr(grid_module, "REGION_SIZES", (4,))
     monkeypatch.setattr(ablations, "TOLERANCES", (0.0, 3.0))
     settings = replace(settings, detector_maps="out_of_fold", ablations=("samples", "region_size", "labels"))
     outcome = reproduce(settings)
     assert outcome.failures == {}
     detector = Grid(settings).detector("drn", "ce", "bmap", 0)
     assert [need.name for need in detector.needs] == ["drn_ce/fold1/bmap/test"]
-    point = read_json(settings.output / RUN.format(0) / "out_of_fold_region16/detected/patient002_frame01/qc.json")
-    assert point["detection"]["region_size"] == 16
+    point = read_json(settings.output / RUN.format(0) / "out_of_fold_region4/detected/patient002_frame01/qc.json")
+    assert point["detection"]["region_size"] == 4
     table = rows_of(settings.output / "tables" / "table5.csv")
     ours = {(r["metric"], r["samples"]): r["mean"] for r in table if r["model"] == "DRN-CE"}
     assert len(table) == 2 * 8 * 3 and {s for (_, s), mean in ours.items() if mean} == {"1", "3"}
