@@ -260,7 +260,7 @@ def scan_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
         {"model": network_name(*run), "map": MAPS[run[2]], "folds": listed(folds), "score": score, **values}
         for run, folds, summary in rows_of_grid(experiments)
         for score, values in summary.get("scan_level", {}).items()
-        if (run[2], score) != ("emap", "mean_bmap")  # nothing is sampled for an e-map
+        if score != "urgency" and (run[2], score) != ("emap", "mean_bmap")  # one of the others; nothing sampled
     ]
 
 
