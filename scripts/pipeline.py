@@ -9,6 +9,7 @@
     python scripts/pipeline.py export   --bundle NAME --output DIR
     python scripts/pipeline.py auto3dseg --datalist FILE --root DIR --output DIR
     python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
+    python scripts/pipeline.py reproduce --data DIR --output DIR [--dry_run]
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -299,6 +300,79 @@ def fold_to_bundle(
     print(workflow(source, output, bundle, root, datalist, fold, version, bundle_dir, settings))
 
 
+def _listed(value) -> tuple:
+    """One value or several, as Fire reads ``a,b``."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def reproduce(
+    data: str,
+    output: str,
+    folds: tuple | int = (0, 1, 2, 3),
+    models: tuple | str = ("drn", "unet", "dn"),
+    losses: tuple | str = ("ce", "brier", "soft_dice"),
+    maps: tuple | str = ("bmap", "emap"),
+    regime: str = "short",
+    iterations: int | None = None,
+    detector_iterations: int | None = None,
+    samples: int | None = None,
+    detector_maps: str = "in_sample",
+    ablations: tuple | str = (),
+    budget_minutes: float | None = None,
+    dry_run: bool = False,
+    datalist: str | None = None,
+    device: str = "auto",
+    bundle_dir: str | None = None,
+) -> None:
+    """Redo the paper's experiments: train, segment, detect, correct, evaluate; tables and figures beside the paper's.
+
+    What is there already, made from the same inputs, is skipped; a training that was stopped goes on. Lists are
+    written with commas: --folds 0,1 --models drn,unet.
+
+    Args:
+        data: ACDC's training folder.
+        output: folder for everything, results.md first.
+        folds: folds to leave out, each in turn.
+        models: dn, drn, unet.
+        losses: of the paper's two for each network, those to train with: ce, brier, soft_dice.
+        maps: bmap, emap.
+        regime: short (the bundles' train.json), paper, or another configuration in the bundles.
+        iterations: of the segmentation networks, instead of the regime's.
+        detector_iterations: of the detectors, instead of the regime's.
+        samples: Monte Carlo samples T, instead of the bundles' own.
+        detector_maps: what detectors learn from: in_sample (the paper) or out_of_fold (needs all folds).
+        ablations: samples (Table V), region_size (Figure 7), labels (Figure 8 and cluster sizes).
+        budget_minutes: stop after so many minutes; the same command goes on.
+        dry_run: print the plan, with a measured time, and do nothing.
+        datalist: datalist with folds, instead of the bundles'.
+        device: auto, cpu, cuda, ...
+        bundle_dir: folder of the bundles, instead of the repository's.
+    """
+    from pathlib import Path
+
+    from cardiac_qc_plugin.workflows.grid import Settings
+    from cardiac_qc_plugin.workflows.reproduce import reproduce as reproduce_workflow
+
+    settings = Settings(
+        data=Path(data).resolve(),
+        output=Path(output).resolve(),
+        folds=_listed(folds),
+        models=_listed(models),
+        losses=_listed(losses),
+        maps=_listed(maps),
+        regime=regime,
+        iterations=iterations,
+        detector_iterations=detector_iterations,
+        samples=samples,
+        detector_maps=detector_maps,
+        ablations=_listed(ablations),
+        datalist=Path(datalist).resolve() if datalist else None,
+        device=device,
+        bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,
+    )
+    _finish(reproduce_workflow(settings, budget_minutes, dry_run))
+
+
 def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
@@ -313,6 +387,7 @@ def main() -> None:
         "export": export,
         "auto3dseg": auto3dseg,
         "fold_to_bundle": fold_to_bundle,
+        "reproduce": reproduce,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from monai.utils import ensure_tuple
+
 __all__ = ["MAP_FILES", "case_name", "with_predictions"]
 
 MAP_FILES = {"bmap": "bayesian.nii.gz", "emap": "entropy.nii.gz"}
@@ -14,12 +16,13 @@ def case_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def with_predictions(items: Sequence[dict], predictions_dir: str | Path, map: str) -> list[dict]:
+def with_predictions(items: Sequence[dict], predictions_dir: str | Path | Sequence[str | Path], map: str) -> list[dict]:
     """Add ``segmentation`` and ``uncertainty`` files to datalist items.
 
     Args:
         items: datalist items with ``image``.
-        predictions_dir: output folder of a segmentation run over these images.
+        predictions_dir: output folder of a segmentation run over these images, or several that have them between them
+            (the folds of a cross-validation).
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
 
     Raises:
@@ -30,13 +33,14 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path, map: st
         raise ValueError(f"Unknown uncertainty map '{map}': choose one of {sorted(MAP_FILES)}.")
     result = []
     for item in items:
-        folder = Path(predictions_dir) / case_name(item["image"])
+        folders = [Path(folder) / case_name(item["image"]) for folder in ensure_tuple(predictions_dir)]
+        folder = next((folder for folder in folders if folder.is_dir()), folders[0])
         files = {"segmentation": folder / "segmentation.nii.gz", "uncertainty": folder / MAP_FILES[map]}
         for path in files.values():
             if not path.is_file():
                 raise ValueError(
                     f"{path} is missing. Segment the images first: "
-                    f"python scripts/pipeline.py segment --input ... --output {predictions_dir}"
+                    f"python scripts/pipeline.py segment --input ... --output {folder.parent}"
                 )
         check_made_for(folder / "qc.json", map)
         result.append({**item, **{key: str(path) for key, path in files.items()}})

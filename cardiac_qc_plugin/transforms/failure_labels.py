@@ -149,6 +149,17 @@ def failure_mask(
         ValueError: wrong shapes or labels, a reference without any label, an unknown criterion or `apex`, or
             a criterion in mm without a valid spacing.
     """
+    return np.logical_or.reduce(list(failures_by_class(prediction, reference, spacing, criterion, apex).values()))
+
+
+def failures_by_class(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float] | None = None,
+    criterion: FailureCriterion | str | Mapping[str, Any] = "paper",
+    apex: Literal["last", "first"] = "last",
+) -> dict[int, np.ndarray]:
+    """The failures of each class by itself, boolean (H, W, D) by label; arguments and errors as `failure_mask`."""
     criterion = FailureCriterion.parse(criterion)
     prediction, reference = as_label_volumes(prediction=prediction, reference=reference)
     if apex not in ("last", "first"):
@@ -161,10 +172,10 @@ def failure_mask(
 
     # no error and no boundary lies outside this box
     heart = ndimage.find_objects(((prediction | reference) > 0).astype(int))[0][:2]
-    failures = np.zeros(reference.shape, dtype=bool)
-    for label in CLASSES:
+    failures = {label: np.zeros(reference.shape, dtype=bool) for label in CLASSES}
+    for label, mask in failures.items():
         predicted, target = prediction[heart] == label, reference[heart] == label
-        failures[heart] |= _class_failures(predicted, target, sampling, criterion, apical_slice)
+        mask[heart] = _class_failures(predicted, target, sampling, criterion, apical_slice)
     return failures
 
 

@@ -1,7 +1,5 @@
 """Evaluation of predictions against reference labels: tables, curves and figures (paper, section VI)."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, fields, replace
 from functools import partial
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from monai.utils import ensure_tuple
 from sklearn.metrics import auc
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
@@ -34,7 +33,7 @@ from cardiac_qc_plugin.metrics.statistics import (
     wilcoxon_signed_rank,
 )
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
-from cardiac_qc_plugin.workflows.files import write_file, write_json, write_text
+from cardiac_qc_plugin.workflows.files import write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import (
     CRITERIA,
     STRUCTURES,
@@ -55,10 +54,10 @@ Patients = Mapping[str, tuple[ClinicalIndices, ClinicalIndices]]
 
 
 def evaluate(
-    predictions: str | Path,
+    predictions: str | Path | Sequence[str | Path],
     reference: str | Path,
     output: str | Path,
-    compare: str | Path | None = None,
+    compare: str | Path | Sequence[str | Path] | None = None,
     criterion: Literal["paper", "released_code"] = "paper",
     apex: Literal["last", "first"] = "last",
 ) -> Outcome:
@@ -70,10 +69,11 @@ def evaluate(
     that the detection was run with.
 
     Args:
-        predictions: output folder of ``run``, or of ``correct`` (then of the segmentations only).
+        predictions: output folder of ``run``, or of ``correct`` (then of the segmentations only); or several such
+            folders, the folds of a cross-validation, whose cases are measured together.
         reference: folder with the reference labels, see `References`.
         output: where to write.
-        compare: a second folder with the same cases, for instance the corrected ones: before and after.
+        compare: a second folder (or folders) with the same cases, for instance the corrected ones: before and after.
         criterion: what a failure is in ``cases.csv`` and the figures; summary and curves have both presets.
         apex: end of the slice axis at which the apex lies.
 
@@ -87,15 +87,16 @@ def evaluate(
     if criterion not in CRITERIA or apex not in ("last", "first"):
         raise ValueError(f"criterion is one of {CRITERIA} and apex 'last' or 'first', got {criterion!r} and {apex!r}.")
     output, measure = Path(output), partial(measure_case, references=References(reference), apex=apex)
-    cases, failures = _measure(predictions, measure)
+    folders, others = (ensure_tuple(given) if given else () for given in (predictions, compare))
+    cases, failures = _measure(folders, measure)
     patients = measure_patients(cases)
     summary = {
-        "settings": {"predictions": str(predictions), "reference": str(reference), "criterion": criterion}
-        | {"apex": apex, "compare": None if compare is None else str(compare)},
+        "settings": {"predictions": _listed(folders), "reference": str(reference), "criterion": criterion}
+        | {"apex": apex, "compare": _listed(others) or None},
         **summarize_cases(cases.values(), patients),
     }
-    if compare is not None:
-        after, problems = _measure(compare, measure)
+    if others:
+        after, problems = _measure(others, measure)
         unpaired = (cases.keys() ^ after.keys()) - failures.keys() - problems.keys()
         problems |= dict.fromkeys(sorted(unpaired), "in one of the two folders only, so not compared.")
         failures |= {f"{case} (compare)": problem for case, problem in problems.items()}
@@ -103,10 +104,10 @@ def evaluate(
     summary["failed"] = failures
     for name in SOMETIMES:
         (output / name).unlink(missing_ok=True)  # of an earlier evaluation, maybe of other predictions
-    if compare is not None:
-        _write_rows(output / "comparison.csv", _comparison_rows(summary["comparison"]["cells"]))
-    _write_rows(output / "cases.csv", [case.row(criterion) for case in cases.values()])
-    _write_rows(output / "patients.csv", _patient_rows(patients))
+    if others:
+        write_rows(output / "comparison.csv", _comparison_rows(summary["comparison"]["cells"]))
+    write_rows(output / "cases.csv", [case.row(criterion) for case in cases.values()])
+    write_rows(output / "patients.csv", _patient_rows(patients))
     write_curves(output, cases.values(), criterion)
     summary = without_nan(summary)
     write_json(output / "summary.json", summary)
@@ -115,12 +116,21 @@ def evaluate(
     return Outcome(text, failures)
 
 
-def _measure(root: str | Path, measure: partial) -> tuple[dict[str, Measurement], dict[str, str]]:
-    cases, failures = each_case(Path(root), measure, f"evaluate {Path(root).name}")
+def _measure(roots: Sequence[str | Path], measure: partial) -> tuple[dict[str, Measurement], dict[str, str]]:
+    cases, failures = {}, {}
+    for root in roots:
+        own, problems = each_case(Path(root), measure, f"evaluate {Path(root).name}")
+        if twice := (own | problems).keys() & (cases | failures).keys():
+            raise ValueError(f"{root}: the case {min(twice)} is in another of the folders {_listed(roots)} as well.")
+        cases, failures = cases | own, failures | problems
     if not cases:
         listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
-        raise ValueError(f"{root}: none of its {len(failures)} cases could be measured:\n{listed}")
+        raise ValueError(f"{_listed(roots)}: none of its {len(failures)} cases could be measured:\n{listed}")
     return cases, failures
+
+
+def _listed(roots: Sequence[str | Path]) -> str:
+    return ", ".join(map(str, roots))
 
 
 def measure_patients(cases: Cases) -> dict[str, tuple[ClinicalIndices, ClinicalIndices]]:
@@ -260,14 +270,22 @@ def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
         for name in STRUCTURES
     ]
     hausdorff = [cell for cell in cells if cell["metric"] == "hausdorff"]
-    patients = measure_patients({case: after[case] for case in both})
+    patients, earlier = (measure_patients({case: side[case] for case in both}) for side in (after, before))
     return {
         "n_cases": len(both),
         "cells": cells,
         "hausdorff_fell": sum(cell["mean_difference"] < 0 for cell in hausdorff),
         "hausdorff_cells": len(hausdorff),
         "clinical": summarize_clinical(patients),
+        "clinical_tests": _clinical_tests(earlier, patients),
     }
+
+
+def _clinical_tests(before: Patients, after: Patients) -> dict[str, dict[str, Any]]:
+    """Whether the correction changed the automatic indices."""
+    own = [(before[patient][0], after[patient][0]) for patient in after]
+    names = [field.name for field in fields(ClinicalIndices)] if own else []
+    return {name: _paired(*([getattr(pair[side], name) for pair in own] for side in (0, 1))) for name in names}
 
 
 def _paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
@@ -298,15 +316,15 @@ def write_curves(output: Path, cases: Iterable[Measurement], criterion: str) -> 
         volumes = {name: [case.detection[name] for case in detected] for name in CRITERIA}
         regions = {name: region_curve(own) for name, own in volumes.items()}
         slices = {name: slice_precision_recall(own) for name, own in volumes.items()}
-        _write_rows(output / "curves/regions.csv", _threshold_rows(regions, "sensitivity", "false_positives"))
-        _write_rows(output / "curves/slices.csv", _threshold_rows(slices, "precision", "recall"))
+        write_rows(output / "curves/regions.csv", _threshold_rows(regions, "sensitivity", "false_positives"))
+        write_rows(output / "curves/slices.csv", _threshold_rows(slices, "precision", "recall"))
         flagged = _flagged(criterion, detected)
         figure = draw_regions(regions[criterion], region_curve(flagged, [1]))
         write_file(output / "figures/regions.png", figure.savefig)
         figure = draw_slices(slices[criterion], slice_precision_recall(flagged, [1]))
         write_file(output / "figures/slices.png", figure.savefig)
     if curves := _mean_coverage(cases):
-        _write_rows(output / "curves/risk_coverage.csv", curves)
+        write_rows(output / "curves/risk_coverage.csv", curves)
         write_file(output / "figures/risk_coverage.png", draw_coverage(curves).savefig)
 
 
@@ -351,18 +369,6 @@ def _comparison_rows(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         spread |= {"after_mean": after["mean"], "after_sd": after["sd"]}
         rows.append({key: value for key, value in cell.items() if key not in ("before", "after")} | spread)
     return rows
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table, unless it is empty; a column that a row lacks stays empty in it."""
-    if not rows:
-        return
-    stream = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, stream.getvalue())
 
 
 def without_nan(value: Any) -> Any:

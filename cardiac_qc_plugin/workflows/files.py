@@ -1,9 +1,11 @@
 """What the stages read and write. Every file appears under its name only when it is complete."""
 
+import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ __all__ = [
     "write_file",
     "write_json",
     "write_like",
+    "write_rows",
     "write_text",
 ]
 
@@ -111,6 +114,18 @@ def write_like(path: Path, array: np.ndarray, volume: Volume) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table as CSV, unless it is empty; a column that a row lacks stays empty in it."""
+    if not rows:
+        return
+    stream = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, stream.getvalue())
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -416,6 +417,25 @@ def test_broken_cases_are_reported_and_the_others_measured(tmp_path):
         assert f"- {case}: {path}" in outcome.text
     assert summary(tmp_path)["n_cases"] == 1
     assert summary(tmp_path)["failed"] == outcome.failures
+
+
+def test_folds_are_measured_together(evaluated, tmp_path):
+    """Folders of single folds give the tables of one folder with all cases; a case may be in one of them only."""
+    root, cases, _ = evaluated
+    for name in ("run", "corrected"):
+        for case in cases:
+            shutil.copytree(root / name / case, tmp_path / f"{name}{int(case < 'patient002')}" / case)
+    folders = [[tmp_path / f"{name}{fold}" for fold in (1, 0)] for name in ("run", "corrected")]
+    assert not evaluate(folders[0], root / "acdc", tmp_path / "out", compare=folders[1]).failures
+    together, single = summary(tmp_path), summary(root)
+    for each in (together, single):
+        del each["settings"]
+    assert together == single
+    test = single["comparison"]["clinical_tests"]["lv_ef"]
+    automatic = [float(row["automatic_lv_ef"]) for row in rows(root / "out" / "patients.csv")]
+    assert test["before"]["mean"] == pytest.approx(np.mean(automatic)) and test["n"] == 3
+    with pytest.raises(ValueError, match="run1: the case patient001_frame01 is in another of the folders"):
+        evaluate([root / "run", tmp_path / "run1"], root / "acdc", tmp_path / "out")
 
 
 def test_no_measurable_case_is_an_error(run):

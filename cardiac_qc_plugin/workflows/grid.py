@@ -1,0 +1,347 @@
+"""The paper's grid of experiments as stages: which there are, what each needs, and in what order."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.data.inputs import Scan, find_scans
+from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.reports.paper_tables import Experiment
+
+from .ablations import CLUSTERS, REGION_SIZES, SAMPLES, TOLERANCES, sweep_labels
+from .files import read_json
+from .run import DETECT_FILES, digest
+from .stage_work import (
+    correct_regions,
+    detect_failures,
+    device_setting,
+    evaluate_folds,
+    inference_digest,
+    segment_scans,
+    train_network,
+)
+from .stages import Stage
+from .training import config_files
+
+__all__ = ["ABLATIONS", "LOSSES", "Grid", "Settings"]
+
+LOSSES = {"drn": ("ce", "soft_dice"), "unet": ("ce", "soft_dice"), "dn": ("brier", "soft_dice")}  # section V-A
+TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
+ABLATIONS = ("samples", "region_size", "labels")
+DETECTOR = "cardiac_segmentation_failure"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to reproduce, and from what; None stands for the bundles' own setting.
+
+    Args:
+        data: folder of the data set, which has the references as well.
+        output: folder for everything that is written.
+        folds: folds to leave out, each in turn.
+        models: ``"drn"``, ``"unet"``, ``"dn"``.
+        losses: of the paper's two for each model (`LOSSES`), those to train with; all by default.
+        maps: ``"bmap"``, ``"emap"``.
+        regime: ``"short"``, or the name of another training configuration in the bundles, such as ``"paper"``.
+        iterations: of the segmentation networks.
+        detector_iterations: of the detectors.
+        samples: Monte Carlo samples T for the b-map.
+        detector_maps: what detectors are trained on: ``"in_sample"``, maps of the network's own training patients
+            (the paper), or ``"out_of_fold"``, maps of the same patients by the networks that did not see them.
+        ablations: of `ABLATIONS`.
+        datalist: with folds; by default the bundles' ``acdc_folds.json``.
+        device: ``"auto"`` or a torch device.
+        bundle_dir: folder of the bundles; by default the repository's.
+
+    Raises:
+        ValueError: an unknown value, or a combination that cannot be; the message says which.
+    """
+
+    data: Path
+    output: Path
+    folds: tuple[int, ...] = (0, 1, 2, 3)
+    models: tuple[str, ...] = tuple(LOSSES)
+    losses: tuple[str, ...] = ("ce", "brier", "soft_dice")
+    maps: tuple[str, ...] = tuple(MAP_FILES)
+    regime: str = "short"
+    iterations: int | None = None
+    detector_iterations: int | None = None
+    samples: int | None = None
+    detector_maps: str = "in_sample"
+    ablations: tuple[str, ...] = ()
+    datalist: Path | None = None
+    device: str = "auto"
+    bundle_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "models": tuple(LOSSES),
+            "losses": ("ce", "brier", "soft_dice"),
+            "maps": tuple(MAP_FILES),
+            "ablations": ABLATIONS,
+            "folds": self.all_folds,
+        }
+        for name, allowed in choices.items():
+            unknown = [value for value in getattr(self, name) if value not in allowed]
+            if unknown:
+                raise ValueError(f"--{name} are of {', '.join(map(str, allowed))}, got '{unknown[0]}'.")
+        if not self.combinations:
+            raise ValueError(f"None of the models {', '.join(self.models)} has one of these losses in the paper.")
+        if self.detector_maps not in ("in_sample", "out_of_fold"):
+            raise ValueError(f"--detector_maps is in_sample or out_of_fold, got '{self.detector_maps}'.")
+        if self.detector_maps == "out_of_fold" and set(self.folds) != set(self.all_folds):
+            listed = ",".join(map(str, self.all_folds))
+            raise ValueError(f"--detector_maps out_of_fold needs the networks of all folds: give --folds {listed}.")
+
+    @property
+    def combinations(self) -> list[tuple[str, str]]:
+        """Model and loss of each segmentation network."""
+        return [(model, loss) for model in self.models for loss in LOSSES[model] if loss in self.losses]
+
+    @cached_property
+    def items(self) -> list[dict[str, Any]]:
+        """Items of the datalist."""
+        return read_json(self.datalist_file)["training"]
+
+    @property
+    def datalist_file(self) -> Path:
+        """The datalist."""
+        return self.datalist or self.bundle(DETECTOR) / "configs" / "acdc_folds.json"
+
+    @property
+    def all_folds(self) -> tuple[int, ...]:
+        """Folds of the datalist."""
+        return tuple(sorted({item["fold"] for item in self.items}))
+
+    def bundle(self, name: str) -> Path:
+        """Folder of a bundle."""
+        return find_bundle(name, self.bundle_dir).resolve()
+
+    def segmenter(self, model: str) -> Path:
+        """Folder of a network's bundle."""
+        return self.bundle(f"cardiac_{model}_segmentation")
+
+    def scans(self, folds: Sequence[int]) -> list[Scan]:
+        """Scans of some folds."""
+        return [scan for fold in folds for scan in find_scans(self.datalist_file, self.data, fold)]
+
+    def listing(self) -> str:
+        """Digest of the datalist and of the sizes of its files.
+
+        Raises:
+            ValueError: if a file is missing; the message names it.
+        """
+        paths = [self.data / item[key] for item in self.items for key in ("image", "label")]
+        if missing := next((path for path in paths if not path.is_file()), None):
+            raise ValueError(f"{missing}: no such file, but {self.datalist_file} lists it. Give the data set's --data.")
+        return digest(json.dumps(self.items), *(path.stat().st_size for path in paths))
+
+
+class Grid:
+    """The stages of all runs, each made once: a network's stages are the same objects for all that need them.
+
+    Args:
+        settings: what to reproduce.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.listing = settings.listing()
+        self.stages: dict[str, Stage] = {}
+
+    def stage(self, name: str, **arguments: Any) -> Stage:
+        """The stage of that name."""
+        return self.stages.setdefault(name, Stage(self.settings.output, name, **arguments))
+
+    def training(self, name: str, bundle: Path, iterations: int | None, own: dict, needs: tuple, **paths: Any) -> Stage:
+        """A stage that trains by a bundle's ``train.json``; `own` are settings that are part of the digest."""
+        configs = config_files(bundle, self.settings.regime)
+        own = own | ({} if iterations is None else {"iterations": iterations})
+        total = iterations or ConfigParser.load_config_files(configs)["iterations"]
+        common = {"bundle_root": str(bundle), "data_list_file_path": str(self.settings.datalist_file)}
+        common |= {"dataset_dir": str(self.settings.data)} | device_setting(self.settings.device)
+        texts = [Path(file).read_text() for file in configs]
+        return self.stage(
+            name,
+            settings={"bundle": bundle.name, "configs": digest(*texts), "data": self.listing, **own},
+            work=partial(train_network, configs, {**common, **paths, **own}),
+            outputs=("model.pt", "model_operating_point.json") if bundle.name == DETECTOR else ("model.pt",),
+            needs=needs,
+            info={"kind": "train", "configs": configs, "iterations": total, "own": own}
+            | {"device": device_setting(self.settings.device), "regime": self.settings.regime},
+        )
+
+    def network(self, model: str, loss: str, fold: int) -> Stage:
+        """Training of a segmentation network."""
+        name = f"{model}_{loss}/fold{fold}/segmentation"
+        own = {"loss": loss, "fold": fold}
+        return self.training(name, self.settings.segmenter(model), self.settings.iterations, own, ())
+
+    def maps(self, model: str, loss: str, map: str, fold: int, part: str, samples: int | None = None) -> Stage:
+        """Segmentation and map of the fold that was left out (``part`` "test") or of the others ("training").
+
+        An e-map comes from one pass without dropout, so nothing is sampled for it.
+        """
+        others = [other for other in self.settings.all_folds if other != fold]
+        scans = self.settings.scans([fold] if part == "test" else others)
+        folder = f"{model}_{loss}/fold{fold}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
+        samples = 0 if map == "emap" else samples or self.settings.samples
+        own = {"map": map} | ({} if samples is None else {"samples": samples})
+        bundle, network = self.settings.segmenter(model), self.network(model, loss, fold)
+        files = ("segmentation.nii.gz", MAP_FILES[map])
+        return self.stage(
+            folder,
+            settings={"bundle": inference_digest(bundle), **own},
+            work=partial(segment_scans, scans, bundle, network, own, self.settings.device),
+            outputs=tuple(f"{scan.case}/{file}" for scan in scans for file in files),
+            needs=(network,),
+            info={"kind": "segment", "bundle": bundle, "scans": scans, "own": own}
+            | {"device": device_setting(self.settings.device)},
+        )
+
+    def detector(self, model: str, loss: str, map: str, fold: int, region_size: int | None = None) -> Stage:
+        """Training of a detector."""
+        others = [other for other in self.settings.all_folds if other != fold]
+        if self.settings.detector_maps == "in_sample":
+            sources = (self.maps(model, loss, map, fold, "training"),)
+        else:
+            sources = tuple(self.maps(model, loss, map, other, "test") for other in others)
+        own = {"map": map, "fold": fold} | ({} if region_size is None else {"region_size": region_size})
+        name = f"{self.run_folder(model, loss, map, fold, region_size)}/detector"
+        folders = [str(source.folder) for source in sources]
+        bundle, iterations = self.settings.bundle(DETECTOR), self.settings.detector_iterations
+        return self.training(name, bundle, iterations, own, sources, predictions_dir=folders)
+
+    def detection(self, model: str, loss: str, map: str, fold: int, region_size: int | None = None) -> Stage:
+        """Flagged regions of the fold that was left out."""
+        maps = self.maps(model, loss, map, fold, "test")
+        detector = self.detector(model, loss, map, fold, region_size)
+        scans, bundle = maps.info["scans"], self.settings.bundle(DETECTOR)
+        own = {"map": map} | ({} if region_size is None else {"region_size": region_size})
+        return self.stage(
+            f"{self.run_folder(model, loss, map, fold, region_size)}/detected",
+            settings={"bundle": inference_digest(bundle), **own},
+            work=partial(detect_failures, maps, detector, bundle, own, self.settings.device),
+            outputs=tuple(f"{scan.case}/{file}" for scan in scans for file, _ in DETECT_FILES.values()),
+            needs=(maps, detector),
+            info={"kind": "detect"},
+        )
+
+    def correction(self, model: str, loss: str, map: str, fold: int) -> Stage:
+        """Simulated correction of the flagged regions."""
+        detection = self.detection(model, loss, map, fold)
+        scans = self.settings.scans([fold])
+        return self.stage(
+            f"{self.run_folder(model, loss, map, fold)}/corrected",
+            settings={"data": self.listing},
+            work=partial(correct_regions, detection, self.settings.data),
+            outputs=tuple(f"{scan.case}/segmentation.nii.gz" for scan in scans),
+            needs=(detection,),
+            info={"kind": "correct"},
+        )
+
+    def evaluation(self, name: str, before: Sequence[Stage], after: Sequence[Stage] = ()) -> Stage:
+        """Measurement of all folds together, before and after correction."""
+        return self.stage(
+            name,
+            settings={"data": self.listing},
+            work=partial(evaluate_folds, before, after, self.settings.data),
+            outputs=("summary.json", "cases.csv"),
+            needs=(*before, *after),
+            info={"kind": "evaluate"},
+        )
+
+    def run_folder(self, model: str, loss: str, map: str, fold: int | str, region_size: int | None = None) -> str:
+        """Folder of a detector and what comes after it."""
+        fold = f"fold{fold}" if isinstance(fold, int) else fold
+        suffix = "" if region_size is None else f"_region{region_size}"
+        return f"{model}_{loss}/{fold}/{map}/{self.settings.detector_maps}{suffix}"
+
+    def by_fold(self) -> list[Stage]:
+        """The stages of each fold up to the correction, in the order in which they are carried out."""
+        runs = [(m, loss, map) for m, loss in self.settings.combinations for map in self.settings.maps]
+        first, later = [], []
+        for fold in self.settings.folds:
+            for key in runs:
+                first += [self.network(*key[:2], fold), self.maps(*key, fold, "test")]
+            for key in runs:
+                later += [*self.detector(*key, fold).needs, self.detector(*key, fold)]
+                later += [self.detection(*key, fold), self.correction(*key, fold)]
+            later += self.ablations(fold, runs)
+            if self.settings.detector_maps == "in_sample":  # a fold is finished before the next one begins
+                first, later = first + later, []
+        return list(dict.fromkeys(first + later))
+
+    def ablations(self, fold: int, runs: Sequence[tuple[str, str, str]]) -> list[Stage]:
+        """The stages of a fold that the ablations need beyond these."""
+        stages = []
+        if "samples" in self.settings.ablations and "bmap" in self.settings.maps:
+            pairs = [pair for pair in TABLE_V if pair in self.settings.combinations]
+            stages += [self.maps(*pair, "bmap", fold, "test", samples) for pair in pairs for samples in SAMPLES]
+        if "region_size" in self.settings.ablations:
+            for key in runs:
+                for size in REGION_SIZES:
+                    stages += [self.detector(*key, fold, size), self.detection(*key, fold, size)]
+        return stages
+
+    def over_folds(self, planned: bool = False) -> list[Experiment]:
+        """What is measured over folds: those that are asked for, or all whose stages are done with these settings."""
+
+        def over(stage_of: Callable[[int], Stage]) -> tuple[list[int], list[Stage]]:
+            stages = {fold: stage_of(fold) for fold in (asked.folds if planned else asked.all_folds)}
+            done = {fold: stage for fold, stage in stages.items() if planned or stage.done}
+            return list(done), list(done.values())
+
+        asked, experiments = self.settings, []
+        for model, losses in LOSSES.items():
+            for loss in losses:
+                if (model, loss) in asked.combinations or (not planned and (asked.output / f"{model}_{loss}").is_dir()):
+                    for map in asked.maps if planned else MAP_FILES:
+                        experiments += self.measured((model, loss, map), over)
+        return experiments
+
+    def measured(self, key: tuple[str, str, str], over: Callable) -> list[Experiment]:
+        """Measurements of one network and map, over the folds and stages that `over` gives for a stage of a fold."""
+        folds, after = over(lambda fold: self.correction(*key, fold))
+        before = [self.detection(*key, fold) for fold in folds]
+        stage = self.evaluation(self.run_folder(*key, "evaluation"), before, after) if folds else None
+        return [Experiment("grid", *key, None, folds, stage), *self.ablated(key, over)]
+
+    def ablated(self, key: tuple[str, str, str], over: Callable) -> list[Experiment]:
+        """Measurements of the ablations of one network and map."""
+        model, loss, map = key
+        result = []
+        if "samples" in self.settings.ablations and map == "bmap" and (model, loss) in TABLE_V:
+            for samples in SAMPLES:
+                folds, stages = over(lambda fold, samples=samples: self.maps(*key, fold, "test", samples))
+                name = f"{model}_{loss}/evaluation/{samples}_samples"
+                stage = self.evaluation(name, stages) if folds else None
+                result.append(Experiment("samples", *key, samples, folds, stage))
+        if "region_size" in self.settings.ablations:
+            for size in REGION_SIZES:
+                folds, stages = over(lambda fold, size=size: self.detection(*key, fold, size))
+                name = self.run_folder(*key, "evaluation", size)
+                stage = self.evaluation(name, stages) if folds else None
+                result.append(Experiment("region_size", *key, size, folds, stage))
+        if "labels" in self.settings.ablations:
+            folds, stages = over(lambda fold: self.maps(*key, fold, "test"))
+            stage = self.label_rules(key, stages) if folds else None
+            result.append(Experiment("labels", *key, None, folds, stage))
+        return result
+
+    def label_rules(self, key: tuple[str, str, str], maps: list[Stage]) -> Stage:
+        """How many errors count as failures, by tolerance and by cluster size; nothing is trained for it."""
+        return self.stage(
+            f"{key[0]}_{key[1]}/evaluation/{key[2]}/labels",
+            settings={"data": self.listing, "tolerances": TOLERANCES, "clusters": CLUSTERS},
+            work=partial(sweep_labels, maps, self.settings.data),
+            outputs=("tolerance.csv", "cluster.csv"),
+            needs=tuple(maps),
+            info={"kind": "label"},
+        )

@@ -1,0 +1,71 @@
+"""The paper's experiments from one command: training, detection, correction, tables, figures (sections V to VII)."""
+
+from pathlib import Path
+from typing import Any
+
+from cardiac_qc_plugin.reports.reproduction import write_reproduction
+
+from .grid import Grid, Settings
+from .plan import describe
+from .references import Outcome
+from .stages import Budget, Progress, carry_out
+from .training import read_losses
+
+__all__ = ["reproduce"]
+
+
+def reproduce(settings: Settings, budget_minutes: float | None = None, dry_run: bool = False) -> Outcome:
+    """Carry out what is not done, within a budget, and write tables and figures of all that is.
+
+    Written to the output: ``tables/``, ``figures/`` and ``results.md``, and a folder for each network, see
+    docs/reproduce.md.
+
+    Args:
+        settings: what to reproduce.
+        budget_minutes: stop when so many minutes are over; the same command goes on.
+        dry_run: only say what would be done, and how long it would take; a few steps are measured for that.
+
+    Returns:
+        What was done, and the stages that failed.
+
+    Raises:
+        ValueError: see `Settings`.
+        OSError: the output cannot be written.
+    """
+    budget = Budget(budget_minutes)
+    grid = Grid(settings)
+    if dry_run:
+        stages = grid.by_fold() + [experiment.stage for experiment in grid.over_folds(planned=True)]
+        return Outcome(describe(stages, settings.output), {})
+    progress = carry_out(grid.by_fold(), budget)
+    experiments = grid.over_folds()
+    measured = carry_out([e.stage for e in experiments if e.stage], Budget())  # seconds each, and worth having
+    write_reproduction(settings.output, experiments, training_budgets(grid))
+    return finish(progress, measured, settings.output)
+
+
+def training_budgets(grid: Grid) -> list[dict[str, Any]]:
+    """Iterations and hours of every training of a segmentation network or detector, also of those not finished."""
+    rows = []
+    for stage in grid.stages.values():
+        losses = read_losses(stage.folder / "loss.csv") if stage.info["kind"] == "train" else []
+        if losses:
+            iteration, loss, seconds = losses[-1]
+            rows.append(
+                {"training": stage.name, "regime": stage.info["regime"], "iterations": int(iteration)}
+                | {"of": stage.info["iterations"], "finished": stage.done, "hours": seconds / 3600, "last_loss": loss}
+            )
+    return rows
+
+
+def finish(progress: Progress, measured: Progress, output: Path) -> Outcome:
+    """The summary for the terminal."""
+    failures = progress.failures | measured.failures
+    carried_out, skipped = progress.carried_out + measured.carried_out, progress.skipped + measured.skipped
+    lines = [f"{len(carried_out)} stages carried out, {len(skipped)} were there already."]
+    if progress.remaining:
+        lines.append(f"{len(progress.remaining)} stages remain; run the same command again to go on with:")
+        lines += [f"  {name}" for name in progress.remaining]
+    lines += [f"FAILED {name}: {message}" for name, message in failures.items()]
+    lines.append(f"Tables and figures of what is done: {output / 'results.md'}")
+    return Outcome("\n".join(lines), failures)

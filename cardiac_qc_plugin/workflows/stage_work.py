@@ -1,0 +1,95 @@
+"""What the stages of a reproduction do, each by the workflow or bundle that does it for a user as well."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.data.inputs import Scan
+
+from .correct import correct
+from .evaluate import evaluate
+from .files import read_json
+from .references import Outcome
+from .run import digest, run
+from .stages import Budget, BudgetSpent, Stage
+from .training import train
+
+SCANS_AT_ONCE = 10  # between looks at the clock
+
+
+def device_setting(device: str) -> dict[str, str]:
+    """The entry of a bundle's configuration that says where it runs."""
+    return {} if device == "auto" else {"device": f"$torch.device('{device}')"}
+
+
+def inference_digest(bundle: Path) -> str:
+    """Digest of a bundle's inference configuration."""
+    return digest((bundle / "configs" / "inference.json").read_text())
+
+
+def train_network(configs: list[str], settings: dict[str, Any], stage: Stage, budget: Budget) -> None:
+    """Train into the stage's folder; checkpoints of other settings are removed."""
+    resume = stage.folder / f"resume_{stage.digest()[:12]}"
+    for other in set(stage.folder.glob("resume_*")) - {resume}:
+        shutil.rmtree(other)
+    paths = {"ckpt_dir": str(stage.folder), "resume_dir": str(resume)}
+    train(configs, {**settings, **paths}, stage.folder, budget)
+
+
+def segment_scans(
+    scans: list[Scan], bundle: Path, network: Stage, own: dict[str, Any], device: str, stage: Stage, budget: Budget
+) -> None:
+    """Segment scans with a trained network; those that are done with it are skipped."""
+    cases = {scan.case for scan in scans}
+    for folder in [path for path in stage.folder.iterdir() if path.name not in cases]:
+        shutil.rmtree(folder)  # of another datalist
+    predictor = BundlePredictor(bundle, device, ckpt_path=str(network.folder / "model.pt"), **own)
+    for start in range(0, len(scans), SCANS_AT_ONCE):
+        if not budget.allows():
+            raise BudgetSpent(f"{stage.folder}: {start} of {len(scans)} scans are segmented.")
+        run(scans[start : start + SCANS_AT_ONCE], stage.folder, predictor, None)
+
+
+def detect_failures(
+    maps: Stage, detector: Stage, bundle: Path, own: dict[str, Any], device: str, stage: Stage, budget: Budget
+) -> None:
+    """Flag regions in a copy of the segmented scans; the copy shares their files where the file system can."""
+    shutil.rmtree(stage.folder)
+    shutil.copytree(maps.folder, stage.folder, copy_function=link_or_copy)
+    point = read_json(detector.folder / "model_operating_point.json")
+    own = {**own, "ckpt_path": str(detector.folder / "model.pt"), "threshold": point["threshold"]}
+    segment = maps.info["own"] | {"ckpt_path": str(maps.needs[0].folder / "model.pt")}
+    segmenter = BundlePredictor(maps.info["bundle"], device, **segment)  # all is segmented, so it only has to agree
+    run(maps.info["scans"], stage.folder, segmenter, BundlePredictor(bundle, device, **own))
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A hard link, or a copy; no stage writes into a file, all replace it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def correct_regions(detection: Stage, reference: Path, stage: Stage, budget: Budget) -> None:
+    """Simulated correction, all voxels of a flagged region taking the reference (the paper's rule)."""
+    shutil.rmtree(stage.folder)
+    complete(correct(detection.folder, stage.folder, reference))
+
+
+def evaluate_folds(
+    before: Sequence[Stage], after: Sequence[Stage], reference: Path, stage: Stage, budget: Budget
+) -> None:
+    """Measure the folds together."""
+    folders = [[each.folder for each in stages] for stages in (before, after)]
+    complete(evaluate(folders[0], reference, stage.folder, folders[1] or None))
+
+
+def complete(outcome: Outcome) -> None:
+    """Refuse what could not do all cases: a table over the others would look complete."""
+    if outcome.failures:
+        case, message = next(iter(outcome.failures.items()))
+        raise ValueError(f"{len(outcome.failures)} case(s) failed, {case} first: {message}")

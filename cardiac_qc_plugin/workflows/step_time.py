@@ -1,0 +1,136 @@
+"""How long a training step and an inference pass take on this machine, measured on random numbers."""
+
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+
+from .files import read_json, write_json
+
+if sys.platform == "linux":
+    import resource
+
+__all__ = ["measured"]
+
+STEPS = 3
+SLICES = (4, 1, 224, 224)  # what the inferer passes at once; a heart scan at 1.4 mm is about this large
+
+
+def measured(cache: Path, function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """The result of a measurement in a process of its own, so that its memory is its own; kept in a file.
+
+    Args:
+        cache: JSON file of earlier results on this machine.
+        function: `training_step` or `inference_pass`.
+        *args: its arguments: files of a configuration, and its overrides.
+    """
+    texts = [Path(file).read_text() for file in args[0]]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    machine = [gpu, torch.get_num_threads(), torch.__version__]
+    key = hashlib.sha256(json.dumps([function.__name__, texts, args[1:], machine]).encode()).hexdigest()[:16]
+    known = read_json(cache) if cache.is_file() else {}
+    if key not in known:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            known[key] = pool.submit(function, *args).result()
+        write_json(cache, known)
+    return known[key]
+
+
+def as_it_is(item: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Preprocessing that does nothing."""
+    return item
+
+
+def training_step(configs: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a training step and of its parts, and the peak memory.
+
+    Args:
+        configs: files of a bundle's training configuration.
+        settings: entries to replace.
+
+    Returns:
+        ``seconds`` (median of a step, after one to warm up), ``data``, ``forward``, ``backward`` and ``optimizer``
+        (each part's median), ``memory_gb``, ``device`` and ``threads``.
+    """
+    parser = ConfigParser()
+    parser.read_config(configs)
+    channels = parser.get_parsed_content("network_def#in_channels")
+    rng = np.random.default_rng(0)
+    volume = {
+        "image": rng.random((channels, 256, 256, 8), dtype=np.float32),
+        "label": (rng.random((1, 256, 256, 8)) < 5e-4).astype(np.uint8),  # some regions fail, as w_pos needs
+    }
+    dataset = {"data": [volume], "transform": as_it_is, "length": STEPS + 1}
+    parser.update({**settings, **{f"train#dataset#{key}": value for key, value in dataset.items()}})
+    parser.parse()
+    steps = timed_steps(parser)
+    next(steps)  # to warm up
+    times = [next(steps) for _ in range(STEPS)]
+    parts = {name: statistics.median(step[name] for step in times) for name in times[0]}
+    return {"seconds": statistics.median(sum(step.values()) for step in times), **parts, **machine(parser)}
+
+
+def timed_steps(parser: ConfigParser) -> Iterator[dict[str, float]]:
+    """Training steps as MONAI's trainer takes them; yields the seconds of the parts of each."""
+    get = parser.get_parsed_content
+    network, optimizer, device = get("network").train(), get("optimizer"), get("device")
+    loss_function, inferer, batches = get("train#loss"), get("train#inferer"), iter(get("train#dataloader"))
+    while True:
+        marks = [clock(device)]
+        batch = next(batches)
+        image, label = batch["image"].to(device), batch["label"].to(device)
+        marks.append(clock(device))
+        optimizer.zero_grad()
+        loss = loss_function(inferer(image, network), label)
+        marks.append(clock(device))
+        loss.backward()
+        marks.append(clock(device))
+        optimizer.step()
+        marks.append(clock(device))
+        yield dict(zip(("data", "forward", "backward", "optimizer"), np.diff(marks).tolist(), strict=True))
+
+
+def inference_pass(configs: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Nanoseconds that one pass of a segmentation network takes per pixel, and the peak memory.
+
+    Args:
+        configs: the files of a bundle's inference configuration.
+        settings: entries to replace.
+    """
+    parser = ConfigParser()
+    parser.read_config(configs)
+    parser.update({**settings, "samples": 1})  # one pass without dropout, and one with
+    parser.parse()
+    network, inferer, device = (parser.get_parsed_content(name) for name in ("network", "inferer", "device"))
+    slices = torch.rand(SLICES, device=device)
+    inferer(slices, network.eval())
+    start = clock(device)
+    inferer(slices, network)
+    return {"nanoseconds_per_pixel": 1e9 * (clock(device) - start) / 2 / slices.numel(), **machine(parser)}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def machine(parser: ConfigParser) -> dict[str, Any]:
+    """Device, threads, and peak memory of this process on that device; None where the system does not tell."""
+    device = parser.get_parsed_content("device")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if sys.platform == "linux" else None
+    return {"memory_gb": peak and round(peak, 2), "device": str(device), "threads": torch.get_num_threads()}

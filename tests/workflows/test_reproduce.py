@@ -1,0 +1,369 @@
+"""The reproduction in miniature: what a user types, what is done again after a change or a kill, and its numbers."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cardiac_qc_plugin.data.acdc import acdc_datalist
+from cardiac_qc_plugin.data.phantom import write_acdc_like
+from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
+from cardiac_qc_plugin.transforms.failure_labels import failure_mask
+from cardiac_qc_plugin.workflows import ablations
+from cardiac_qc_plugin.workflows import grid as grid_module
+from cardiac_qc_plugin.workflows.ablations import cluster_shares, tolerance_shares
+from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_json
+from cardiac_qc_plugin.workflows.grid import Grid, Settings
+from cardiac_qc_plugin.workflows.reproduce import reproduce
+from cardiac_qc_plugin.workflows.stages import Budget, BudgetSpent, Stage, carry_out
+from cardiac_qc_plugin.workflows.training import read_losses
+
+ROOT = Path(__file__).parents[2]
+RUN = "drn_ce/fold{}/bmap"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Six phantoms with two folds, and the bundles on a coarse grid, with a regime of small patches."""
+    root = tmp_path_factory.mktemp("world")
+    write_acdc_like(root / "data", 6, shape=(48, 56), n_slices=2)
+    write_json(root / "folds.json", acdc_datalist(root / "data", folds=2))
+    shutil.copytree(ROOT / "bundles", root / "bundles", ignore=shutil.ignore_patterns("models"))
+    for configs in (root / "bundles").glob("*/configs"):
+        detector = "failure" in configs.parent.name
+        tiny = {"epoch_length": 1, "batch_size": 2, "patch_size": 48 if detector else 32, "train#augmentation": None}
+        write_json(configs / "tiny.json", tiny if detector else tiny | {"val_interval": 1000})
+        for name in ("train", "inference"):
+            config = read_json(configs / f"{name}.json")
+            write_json(configs / f"{name}.json", config | ({} if detector else {"spacing": 2.8}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(world):
+    """One network, loss and map, both folds, two iterations each."""
+    return Settings(
+        data=world / "data",
+        output=world / "out",
+        folds=(0, 1),
+        models=("drn",),
+        losses=("ce",),
+        maps=("bmap",),
+        regime="tiny",
+        iterations=2,
+        detector_iterations=2,
+        samples=2,
+        datalist=world / "folds.json",
+        bundle_dir=world / "bundles",
+    )
+
+
+def command(settings, output, **options):
+    """The command line of these settings."""
+    options = {
+        "data": settings.data,
+        "output": output,
+        "datalist": settings.datalist,
+        "bundle_dir": settings.bundle_dir,
+        "models": "drn",
+        "losses": "ce",
+        "maps": "bmap",
+        "regime": "tiny",
+        "iterations": 2,
+        "detector_iterations": 2,
+        "samples": 2,
+        **options,
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, str(ROOT / "scripts" / "pipeline.py"), "reproduce", *words]
+
+
+@pytest.fixture(scope="module")
+def grid(settings):
+    """The miniature grid, as a user runs it; what it printed."""
+    ran = subprocess.run(
+        command(settings, settings.output, folds="0,1"), capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
+
+
+def rows_of(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def written(output):
+    """Time of the last change of every file of the stages."""
+    return {p.relative_to(output).as_posix(): p.stat().st_mtime_ns for p in output.glob("drn_ce/**/*") if p.is_file()}
+
+
+def test_tables_agree_with_the_files(settings, grid):
+    assert re.search(r"^13 stages carried out", grid, re.MULTILINE)
+    output, reference = settings.output, settings.data
+    dice, failing = {"ED": [], "ES": []}, []
+    for fold in (0, 1):
+        items = [item for item in settings.items if item["fold"] == fold]
+        folder = output / RUN.format(fold) / "in_sample" / "detected"
+        assert {p.name for p in folder.iterdir() if p.is_dir()} == {Path(i["image"]).name[:-7] for i in items}
+        for item in items:
+            label = read_volume(reference / item["label"])
+            found = read_volume(folder / Path(item["image"]).name[:-7] / "segmentation.nii.gz").data
+            a, b = found == 2, label.data == 2
+            dice[item["meta"]["phase"]].append(2 * (a & b).sum() / (a.sum() + b.sum()))
+            failing.append(failure_mask(found, label.data).any(axis=(0, 1)).mean())
+    table = rows_of(output / "tables" / "table1.csv")
+    chosen = [r for r in table if (r["model"], r["metric"], r["structure"]) == ("DRN-CE+MC", "dice", "LVM")]
+    for phase, values in dice.items():
+        before, after = (r for r in chosen if r["phase"] == phase)
+        assert (float(before["mean"]), float(before["sd"])) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+        assert before["n"] == "6" and before["folds"] == "0 1"
+        assert after["corrected_with"] == "b-map" and float(after["mean"]) >= float(before["mean"])
+    assert len(table) == 2 * 12 * 2 * 6  # metrics, combinations, before and after, cells
+    assert {r["mean"] for r in table if r["model"] != "DRN-CE+MC"} == {""}  # not run
+    (third,) = (
+        r
+        for r in rows_of(output / "tables" / "table3.csv")
+        if (r["model"], r["map"], r["criterion"]) == ("DRN-CE", "b-map", "paper")
+    )
+    assert float(third["slices_failing_pct"]) == pytest.approx(100 * np.mean(failing))
+    assert third["paper_average_precision_pct"] == "69.0"
+
+
+def test_the_page_and_the_figures(settings, grid):
+    page = (settings.output / "results.md").read_text()
+    for text in (
+        "| DRN-CE+MC, paper | 0.961 ± 0.02 | 0.926 ± 0.03 |",
+        "| DN-Brier, ours |  |  |",
+        "Not run. Figure 7.",
+    ):
+        assert text in page
+    assert "| drn_ce/fold0/segmentation | tiny | 2 of 2 |" in page
+    for picture in re.findall(r"\]\((figures/\S+)\.png\)", page):
+        for suffix in ("png", "svg", "csv"):
+            assert (settings.output / f"{picture}.{suffix}").stat().st_size > 0
+    assert page.count("](figures/") == 3
+
+
+def test_the_detector_learns_from_its_networks_own_patients(settings, grid):
+    for fold in (0, 1):
+        training = settings.output / RUN.format(fold) / "training"
+        patients = {path.name[:10] for path in training.iterdir()}
+        assert patients == {item["meta"]["patient"] for item in settings.items if item["fold"] != fold}
+
+
+def test_a_second_run_does_nothing_and_a_change_only_what_follows(settings, grid, world):
+    output = world / "changed"
+    shutil.copytree(settings.output, output)
+    settings = replace(settings, output=output)  # a moved folder stays valid
+    before = written(output)
+    assert "0 stages carried out, 13 were there already" in reproduce(settings).text
+    assert written(output) == before
+    outcome = reproduce(replace(settings, detector_iterations=3))
+    assert "7 stages carried out, 6 were there already" in outcome.text and outcome.failures == {}
+    changed = {name for name, when in written(output).items() if before.get(name) != when}
+    assert all("in_sample" in name or "evaluation" in name for name in changed)
+    for fold in (0, 1):
+        folder = f"{RUN.format(fold)}/in_sample"
+        assert {f"{folder}/detector/model.pt", f"{folder}/detector/model_operating_point.json"} <= changed
+        assert len(read_losses(output / folder / "detector" / "loss.csv")) == 3
+    weights = output / "drn_ce/fold1/segmentation/model.pt"
+    weights.write_bytes(weights.read_bytes() + b"0")  # somebody else's weights are not used under this name
+    stages = {stage.name: stage.done for stage in Grid(replace(settings, detector_iterations=3)).by_fold()}
+    assert [done for name, done in stages.items() if "fold1" in name] == [False] * 6
+    assert all(done for name, done in stages.items() if "fold0" in name)
+
+
+def test_killed_in_training_it_ends_with_the_same_weights(settings, world):
+    """SIGKILL in the middle; afterwards every weight and every loss is that of a training that was left alone."""
+    options = {"iterations": 12, "folds": 0}
+    killed = world / "killed"
+    curve = killed / "drn_ce/fold0/segmentation/loss.csv"
+    with subprocess.Popen(
+        command(settings, killed, **options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        limit = time.monotonic() + 300
+        while len(read_losses(curve)) < 3 and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 3 <= len(read_losses(curve)) < 12
+    assert not (curve.parent / "model.pt").exists() and list(curve.parent.glob("resume_*/checkpoint.pt"))
+    ended = []
+    for output in (killed, world / "alone"):
+        stage = Grid(replace(settings, output=output, folds=(0,), iterations=12)).network("drn", "ce", 0)
+        stage.run(Budget())
+        losses = [(iteration, loss) for iteration, loss, _ in read_losses(stage.folder / "loss.csv")]
+        ended.append((torch.load(stage.folder / "model.pt", weights_only=True), losses))
+        assert not list(stage.folder.glob("resume_*"))
+    assert [iteration for iteration, _ in ended[0][1]] == list(range(1, 13))
+    assert ended[0][1] == ended[1][1]
+    torch.testing.assert_close(ended[0][0], ended[1][0], rtol=0, atol=0)
+
+
+def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, world):
+    settings = replace(settings, output=world / "budget", folds=(0,), iterations=3)
+    outcome = reproduce(settings, budget_minutes=1e-9)
+    assert "0 stages carried out" in outcome.text and "6 stages remain" in outcome.text and outcome.failures == {}
+    assert "  drn_ce/fold0/segmentation" in outcome.text
+    stage = Grid(settings).network("drn", "ce", 0)
+    with pytest.raises(BudgetSpent):
+        stage.run(Budget(1e-9))
+    assert len(read_losses(stage.folder / "loss.csv")) == 1 and not stage.done
+    before = written(settings.output)
+    plan = reproduce(settings, dry_run=True).text
+    assert re.search(r"drn_ce/fold0/segmentation +to do: 3 iterations, resumes near 1, \d+\.\d\d h", plan)
+    assert re.search(r"drn_ce/fold0/bmap/test +to do: 6 scans, T = 2, ", plan)
+    assert re.search(r"train cardiac_drn_segmentation: \d+\.\d+ s per step on \w+ with 1 thread", plan)
+    assert written(settings.output) == before
+    times = read_json(settings.output / "step_times.json").values()
+    for step in (t for t in times if "seconds" in t):
+        parts = sum(step[part] for part in ("data", "forward", "backward", "optimizer"))
+        assert 0 < step["seconds"] and parts == pytest.approx(step["seconds"], rel=0.5)
+    carry_out([stage], Budget())
+    assert stage.done and len(read_losses(stage.folder / "loss.csv")) == 3
+
+
+def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):
+    monkeypatch.setattr(grid_module, "SAMPLES", (1, 3))
+    monkeypatch.setattr(grid_module, "REGION_SIZES", (4,))
+    monkeypatch.setattr(ablations, "TOLERANCES", (0.0, 3.0))
+    settings = replace(settings, detector_maps="out_of_fold", ablations=("samples", "region_size", "labels"))
+    outcome = reproduce(settings)
+    assert outcome.failures == {}
+    detector = Grid(settings).detector("drn", "ce", "bmap", 0)
+    assert [need.name for need in detector.needs] == ["drn_ce/fold1/bmap/test"]
+    point = read_json(settings.output / RUN.format(0) / "out_of_fold_region4/detected/patient002_frame01/qc.json")
+    assert point["detection"]["region_size"] == 4
+    table = rows_of(settings.output / "tables" / "table5.csv")
+    ours = {(r["metric"], r["samples"]): r["mean"] for r in table if r["model"] == "DRN-CE"}
+    assert len(table) == 2 * 8 * 3 and {s for (_, s), mean in ours.items() if mean} == {"1", "3"}
+    cases = rows_of(settings.output / "drn_ce/evaluation/3_samples/cases.csv")
+    values = [float(row[f"dice_{name}"]) for row in cases for name in ("LV", "RV", "LVM")]
+    assert float(ours["dice", "3"]) == pytest.approx(np.mean(values)) and len(values) == 36
+    page = (settings.output / "results.md").read_text()
+    assert "](figures/figure7.png)" in page and "](figures/figure8.png)" in page
+    assert "| DRN-CE+MC | 20 | 0 1 |" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ("vgg",)}, "--models are of drn, unet, dn, got 'vgg'"),
+        ({"folds": (2,)}, "--folds are of 0, 1, got '2'"),
+        ({"losses": ("brier",)}, "None of the models drn has one of these losses"),
+        ({"detector_maps": "out_of_fold", "folds": (0,)}, "needs the networks of all folds: give --folds 0,1"),
+    ],
+)
+def test_settings_that_cannot_be(settings, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(settings, **change)
+
+
+def test_bad_data_and_regime_are_named(settings, tmp_path):
+    with pytest.raises(ValueError, match="patient001_frame01.nii.gz: no such file, but .*folds.json lists it"):
+        Grid(replace(settings, data=tmp_path))
+    with pytest.raises(ValueError, match="has no regime 'long'"):
+        Grid(replace(settings, regime="long")).by_fold()
+
+
+def test_a_failing_stage_stops_only_what_needs_it(tmp_path):
+    def write(stage, budget):
+        (stage.folder / "result").write_text(stage.name)
+
+    def fail(stage, budget):
+        raise ValueError("no heart in this scan")
+
+    def stage(name, work, *needs):
+        return Stage(tmp_path, name, {}, work, ("result",), needs)
+
+    bad = stage("bad", fail)
+    stages = [bad, stage("after", write, bad), stage("other", write), stage("empty", lambda stage, budget: None)]
+    progress = carry_out(stages, Budget())
+    assert progress.carried_out == ["other"] and progress.remaining == ["after"]
+    assert progress.failures["bad"] == "no heart in this scan" and "was not written" in progress.failures["empty"]
+
+
+def summary():
+    """An evaluation with numbers of its own in every place that a table reads."""
+
+    def spread(start):
+        return {"mean": start, "sd": start / 10, "n": 50}
+
+    cell = {"dice": spread(0.9), "hausdorff": spread(8.0), "n_missing": 2, "n_absent": 0}
+    names = ("LV", "RV", "LVM")
+    tests = {"mann_whitney_p": 0.06, "wilcoxon_p": 0.01, "n_excluded": 1}
+    cells = [
+        {"metric": metric, "phase": phase, "structure": name, "after": spread(after), **tests}
+        for metric, after in (("dice", 0.95), ("hausdorff", 5.0))
+        for phase in ("ED", "ES")
+        for name in names
+    ]
+    index = {"bias": -1.5, "sd": 2.5, "mae": 2.0, "r": 0.99, "n": 25, "n_excluded": 0}
+    clinical = dict.fromkeys(("lv_edv", "lv_ef", "rv_edv", "rv_ef", "lvm_mass"), index)
+    point = {"regions_flagged": 0.02, "region_precision": 0.5, "region_recall": 0.6, "voxel_sensitivity": 0.7}
+    found = {
+        "slice_average_precision": {"mean_curve": 0.75, "per_patient": {**spread(0.8), "n_excluded": 3}},
+        "operating_point": point | {"false_positive_regions": 12.0},
+        "slices_failing_percent": 40.0,
+        "regions_failing_percent": 2.5,
+    }
+    return {
+        "segmentation": {phase: dict.fromkeys(names, cell) for phase in ("ED", "ES")},
+        "clinical": clinical,
+        "comparison": {"cells": cells, "clinical": clinical, "clinical_tests": dict.fromkeys(clinical, tests)},
+        "detection": {"criteria": {"paper": found, "released_code": found}},
+    }
+
+
+def test_rows_of_the_tables(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(summary()))
+
+    class Done:
+        folder, done = tmp_path, True
+
+    experiments = [Experiment("grid", "unet", "soft_dice", "emap", None, [0, 2], Done())]
+    rows = [r for r in overlap_rows(experiments) if r["model"] == "U-net-soft-Dice" and r["metric"] == "hausdorff_mm"]
+    alone, corrected = (next(r for r in rows if r["corrected_with"] == map) for map in ("", "e-map"))
+    assert (alone["mean"], alone["n_missing"], alone["folds"], alone["paper_mean"]) == (8.0, 2, "0 2", 6.1)
+    assert (corrected["mean"], corrected["wilcoxon_p"], corrected["paper_significant"]) == (5.0, 0.01, 1)
+    (index,) = (r for r in clinical_rows(experiments) if r["bias"] and r["index"] == "LVEF_pct" and r["corrected_with"])
+    assert (index["paper_bias"], index["paper_sd"], index["mae"], index["wilcoxon_p"]) == (1.9, 4.9, 2.0, 0.01)
+    row = next(r for r in detection_rows(experiments) if r["n_patients"])
+    assert (row["model"], row["ap_mean_curve_pct"], row["paper_average_precision_pct"]) == ("U-net-soft-Dice", 75, 76)
+    assert (row["regions_flagged_pct"], row["paper_slices_failing_pct"], row["n_excluded"]) == (2, 46.7, 3)
+    assert len(GRID) == 12 and len(detection_rows([])) == 24
+
+
+def test_label_rules_by_hand():
+    """A square LV; errors by rings around and inside it, whose distances to its boundary are known."""
+    reference = np.zeros((40, 40, 2), np.uint8)
+    reference[10:30, 10:30] = 3
+    prediction = reference.copy()
+    prediction[30:36, 12:28, 0] = 3  # outside, 1 to 6 voxels from the boundary
+    prediction[10:14, 14:26, 0] = 0  # inside, 0 to 3 voxels from it
+    prediction[20, 20, 1] = 0  # alone, in the apical slice, where any size counts
+    shares = {(row["tolerance"], row["side"]): row["share"] for row in tolerance_shares(prediction, reference)}
+    assert shares[0.0, "outside"] == 1.0
+    assert shares[3.0, "outside"] == pytest.approx(3 / 6)  # 4, 5 and 6
+    assert shares[6.0, "outside"] == 0.0
+    errors = 4 * 12 + 1
+    assert shares[2.0, "inside"] == pytest.approx((12 + 1) / errors)  # the row at 3, and the voxel at 9
+    assert shares[0.0, "inside"] == pytest.approx((3 * 12 + 1) / errors)
+    prediction[38, 38, 0] = 3  # alone, far outside, not in the apical slice
+    clusters = {row["min_cluster"]: row for row in cluster_shares(prediction, reference)}
+    total = 6 * 16 + errors + 1
+    assert clusters[1]["share"] == pytest.approx((3 * 16 + 12 + 1 + 1) / total)
+    assert clusters[5]["share"] == pytest.approx((3 * 16 + 12 + 1) / total)
+    assert clusters[20]["slices"] == 1.0
