@@ -53,12 +53,14 @@ class LossCurve:
         self.start = 0.0
 
     def attach(self, engine: Engine) -> None:
-        """Register with a trainer, after the handler that loads its checkpoint."""
-        engine.add_event_handler(Events.STARTED, self.open)
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.open)  # a checkpoint has been loaded by then
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
 
     def open(self, engine: Engine) -> None:
-        """Keep the rows up to the engine's iteration."""
+        """Before the first epoch: keep the rows up to the engine's iteration."""
+        if self.stream is not None:
+            return
         rows = [row for row in read_losses(self.path) if row[0] <= engine.state.iteration]
         lines = [f"{iteration:.0f},{loss:.6g},{seconds:.2f}\n" for iteration, loss, seconds in rows]
         write_text(self.path, "iteration,loss,seconds\n" + "".join(lines))
@@ -117,10 +119,10 @@ def train(configs: list[str], settings: dict[str, Any], folder: Path, budget: Bu
                 log_dir=str(folder / "tensorboard"), output_transform=get_loss, epoch_log=False, tag_name="train_loss"
             )
             board.attach(trainer)
-        for number in range(len(workflow.parser["run"])):  # the training, then what is made of it
+        for number in range(len(workflow.parser["run"])):  # what goes before, the training, what is made of it
             workflow.run_id = f"run#{number}"
             workflow.run()
-            if trainer.state.epoch < trainer.state.max_epochs:
+            if 0 < trainer.state.epoch < trainer.state.max_epochs:
                 raise BudgetSpent(f"{folder}: stopped after {trainer.state.iteration} iterations.")
         workflow.finalize()
     except RuntimeError as error:
