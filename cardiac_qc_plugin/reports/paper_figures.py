@@ -45,10 +45,12 @@ def panels(rows: int, columns: int, titles: Sequence[str], x: str, y: str) -> tu
 
 
 def finish(axes: Sequence[Axes]) -> None:
-    """A legend where there is something to name."""
+    """A legend where there is something to name; an empty panel says so."""
     for each in axes:
         if each.get_legend_handles_labels()[0]:
             each.legend(frameon=False, fontsize="small")
+        else:
+            each.text(0.5, 0.5, "not run", transform=each.transAxes, ha="center", color="0.4")
 
 
 def detection(experiments: Sequence[Experiment], name: str, x: str, y: str, labels: tuple[str, str]) -> tuple:
@@ -144,13 +146,10 @@ def figure8(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, A
         rows = curve(experiment, "tolerance.csv")
         first = {"model": network_name(model, loss, map), "folds": listed(experiment.folds)}
         table += [{**first, **row} for row in rows]
-        if loss != "soft_dice":
-            continue  # the paper's figure has these
         for each, side, chosen in zip(axes, ("outside", "inside"), (3, 2), strict=True):
             own = [row for row in rows if row["side"] == side]
-            color = "k" if map == "emap" else "0.55"
-            label = network_name(model, loss, map)
-            plot(each, own, "tolerance", "share_mean", label=label, color=color, linestyle=STYLES[model])
+            label, width = network_name(model, loss, map), 1.4 if map == "emap" else 0.7
+            plot(each, own, "tolerance", "share_mean", label=label, linewidth=width, **style(model, loss))
             each.axvline(chosen, color="0.8", linewidth=3, zorder=0)
             each.set(ylim=(0, 1.02))
     finish(axes)
@@ -180,8 +179,9 @@ FIGURES: dict[str, tuple[Callable, str]] = {
     ),
     "figure8": (
         figure8,
-        "Figure 8. Share of the errors that are failures by tolerance, mean over volumes, for networks trained with "
-        "soft-Dice; the bar marks the tolerance of all other results. Black: deterministic, grey: mean of samples.",
+        "Figure 8. Share of the errors that are failures by tolerance, mean over volumes; the bar marks the "
+        "tolerance of all other results. Lines as in Figure 3a; thin: mean of samples. The paper shows networks "
+        "trained with soft-Dice.",
     ),
 }
 """Function and caption of each figure."""

@@ -197,7 +197,7 @@ class Grid:
         files = ("segmentation.nii.gz", MAP_FILES[map])
         return self.stage(
             folder,
-            settings={"bundle": inference_digest(bundle), **own},
+            settings={"bundle": bundle.name, "configs": inference_digest(bundle), **own},
             work=partial(segment_scans, scans, bundle, network, own, self.settings.device),
             outputs=tuple(f"{scan.case}/{file}" for scan in scans for file in files),
             needs=(network,),
@@ -226,7 +226,7 @@ class Grid:
         own = {"map": map} | ({} if region_size is None else {"region_size": region_size})
         return self.stage(
             f"{self.run_folder(model, loss, map, fold, region_size)}/detected",
-            settings={"bundle": inference_digest(bundle), **own},
+            settings={"bundle": bundle.name, "configs": inference_digest(bundle), **own},
             work=partial(detect_failures, maps, detector, bundle, own, self.settings.device),
             outputs=tuple(f"{scan.case}/{file}" for scan in scans for file, _ in DETECT_FILES.values()),
             needs=(maps, detector),
