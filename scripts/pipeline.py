@@ -58,6 +58,17 @@ def _summary(cases: list[dict], output: str) -> None:
     print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
 
 
+def _gather(input: str, output: str, root: str | None, fold: int | None, series: int | tuple | None, name_by: str):
+    """The scans of an input; names what is skipped."""
+    from cardiac_qc_plugin.workflows.import_dicom import gather_scans
+
+    numbers = () if series is None else (series,) if isinstance(series, int) else tuple(series)
+    inputs = gather_scans(input, output, root, fold, numbers, name_by)
+    if inputs.skipped:
+        print("Skipped:\n" + "\n".join(f"  {item}" for item in inputs.skipped))
+    return inputs
+
+
 def _finish(outcome) -> None:
     """Print what a stage did; exit code 1 if it could not do some cases."""
     print(outcome.text)
@@ -75,12 +86,14 @@ def run(
     threshold: float | None = None,
     root: str | None = None,
     fold: int | None = None,
+    series: int | tuple[int, ...] | None = None,
+    name_by: str = "study",
     bundle_dir: str | None = None,
 ) -> None:
     """Segment scans and flag the regions where the segmentation probably failed.
 
     Args:
-        input: a NIfTI file (3-D or 4-D), a folder of them, an ACDC folder, or a MONAI datalist.
+        input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, or a MONAI datalist.
         output: folder for the results; what is already there with the same input and settings is skipped.
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
@@ -89,19 +102,21 @@ def run(
         threshold: failure probability from which a region is flagged, instead of the bundle's operating point.
         root: folder that the paths in a datalist are relative to.
         fold: only this fold of a datalist.
+        series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
+        name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
+            patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
-    from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import CaseFailures
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     if map == "bmap" and samples < 2:
         raise ValueError(f"The b-map needs 2 --samples or more, got {samples}. Without sampling, use --map emap.")
-    scans = find_scans(input, root, fold)
+    inputs = _gather(input, output, root, fold, series, name_by)
     segmenter = _segmenter(model, map, samples, device, bundle_dir)
     detector = _detector(model, map, device, bundle_dir, threshold)
     try:
-        cases = run_workflow(scans, str(output), segmenter, detector)
+        cases = run_workflow(inputs.scans, str(output), segmenter, detector, inputs.failures)
     except CaseFailures as failures:
         _summary(failures.cases, output)
         raise
@@ -117,6 +132,8 @@ def segment(
     device: str = "auto",
     root: str | None = None,
     fold: int | None = None,
+    series: int | tuple[int, ...] | None = None,
+    name_by: str = "study",
     bundle_dir: str | None = None,
 ) -> None:
     """Segment scans with both uncertainty maps, without detection: what a detector is trained on.
@@ -130,13 +147,16 @@ def segment(
         device: auto, cpu, cuda, cuda:1, ...
         root: folder that the paths in a datalist are relative to.
         fold: only this fold of a datalist.
+        series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
+        name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
+            patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
-    from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input, root, fold)
-    cases = run_workflow(scans, str(output), _segmenter(model, map, samples, device, bundle_dir), None)
+    inputs = _gather(input, output, root, fold, series, name_by)
+    segmenter = _segmenter(model, map, samples, device, bundle_dir)
+    cases = run_workflow(inputs.scans, str(output), segmenter, None, inputs.failures)
     print(f"{len(cases)} scan(s) segmented in {output}.")
 
 

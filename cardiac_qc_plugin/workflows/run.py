@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,11 @@ def each_scan(
 
 
 def run(
-    scans: list[Scan], output: str | Path, segmenter: BundlePredictor, detector: BundlePredictor | None
+    scans: list[Scan],
+    output: str | Path,
+    segmenter: BundlePredictor,
+    detector: BundlePredictor | None,
+    failures: Sequence[tuple[str, str]] = (),
 ) -> list[dict[str, Any]]:
     """Segment scans, detect failures in them, and write the worklist and the report.
 
@@ -262,6 +266,7 @@ def run(
         segmenter: a segmentation bundle.
         detector: the failure bundle, for the segmenter's network and map; None to segment only, without worklist and
             report.
+        failures: (case, reason) of what was to be processed, and could not even be read in.
 
     Returns:
         The content of each finished case's ``qc.json``, in the order of the scans.
@@ -272,7 +277,8 @@ def run(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    cases, failures = each_scan(scans, output, segmenter, detector)
+    cases, broken = each_scan(scans, output, segmenter, detector)
+    failures = [*failures, *broken]
     if detector is not None:
         write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
         write_report(output, cases, failures)
