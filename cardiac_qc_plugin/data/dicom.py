@@ -48,7 +48,7 @@ class Plane:
 
     Attributes:
         file, index: the file, and the frame in it (from 0).
-        uid: SOPInstanceUID of the file.
+        uid: SOPInstanceUID of the file; digests of file and folder stand in for UIDs that were removed.
         study, series, frame_of_reference: their UIDs.
         series_number, instance: SeriesNumber and InstanceNumber (of a multi-frame file: index of the frame in time).
         text: SeriesDescription, ProtocolName and ImageType, in one.
@@ -281,14 +281,14 @@ def _plane(
         raise UnusableError(f"PixelSpacing is {numbers['PixelSpacing'].tolist()}")
     time = trigger.get("TriggerTime", trigger.get("NominalCardiacTriggerDelayTime"))
     instance = header.get("InstanceNumber") if content is None else content.get("TemporalPositionIndex", index)
-    folder = str(file.parent)  # stands in for UIDs that were removed
+    folder, path = (f"none, {hashlib.sha256(str(p).encode()).hexdigest()[:16]}" for p in (file.parent, file))
     text = "|".join(
         str(header.get(name) or "").replace("|", " ") for name in ("SeriesDescription", "ProtocolName", "SequenceName")
     )
     return Plane(
         file=file,
         index=index,
-        uid=str(header.get("SOPInstanceUID") or file),
+        uid=str(header.get("SOPInstanceUID") or path),
         study=str(header.get("StudyInstanceUID") or folder),
         series=str(header.get("SeriesInstanceUID") or f"{folder} {header.get('SeriesNumber')}"),
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
