@@ -44,6 +44,10 @@ def _detector(model: str, map: str, device: str, bundle_dir: str | None, thresho
 
 def _summary(cases: list[dict], output: str) -> None:
     """What was found, and where."""
+    from pathlib import Path
+
+    from cardiac_qc_plugin.reports.cine import describe_cine
+
     flagged = [qc for qc in cases if qc["detection"]["regions"]]
     regions = sum(len(qc["detection"]["regions"]) for qc in cases)
     slices = sum(len(qc["detection"]["flagged_slices"]) for qc in cases)
@@ -55,6 +59,8 @@ def _summary(cases: list[dict], output: str) -> None:
         volumes = ", ".join(f"{name} {ml:.0f} ml" for name, ml in qc["segmentation"]["volume_ml"].items())
         listed = ", ".join(str(z + 1) for z in qc["detection"]["flagged_slices"]) or "none"
         print(f"  {qc['case']}: {volumes}; slices to review: {listed}")
+    for name in dict.fromkeys(qc["case"].rpartition("/phase")[0] for qc in cases if "/phase" in qc["case"]):
+        print(f"  {name}: {describe_cine(json.loads((Path(output) / name / 'cine.json').read_text()))}")
     print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
 
 
@@ -82,6 +88,9 @@ def run(
     model: str = "drn",
     map: str = "bmap",
     samples: int = 10,
+    sample_phases: str = "all",
+    ed: int | None = None,
+    es: int | None = None,
     device: str = "auto",
     threshold: float | None = None,
     root: str | None = None,
@@ -98,6 +107,11 @@ def run(
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
         samples: Monte Carlo samples T.
+        sample_phases: phases of a cine that are sampled for the b-map: all, or ed_es. With ed_es the others have the
+            e-map, and end-diastole and end-systole are found with it; about T times faster.
+        ed: phase of end-diastole in all cines, numbered from 0 as in the results; by default it is taken from ACDC's
+            Info.cfg, or found from the LV's volume.
+        es: the same for end-systole.
         device: auto, cpu, cuda, cuda:1, ...
         threshold: failure probability from which a region is flagged, instead of the bundle's operating point.
         root: folder that the paths in a datalist are relative to.
@@ -112,11 +126,18 @@ def run(
 
     if map == "bmap" and samples < 2:
         raise ValueError(f"The b-map needs 2 --samples or more, got {samples}. Without sampling, use --map emap.")
+    if sample_phases not in ("all", "ed_es"):
+        raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
     inputs = _gather(input, output, root, fold, series, name_by)
     segmenter = _segmenter(model, map, samples, device, bundle_dir)
     detector = _detector(model, map, device, bundle_dir, threshold)
+    preview = None
+    if map == "bmap" and sample_phases == "ed_es":
+        preview = _segmenter(model, "emap", 0, device, bundle_dir), _detector(model, "emap", device, bundle_dir, None)
     try:
-        cases = run_workflow(inputs.scans, str(output), segmenter, detector, inputs.failures)
+        cases = run_workflow(
+            inputs.scans, str(output), segmenter, detector, inputs.failures, preview=preview, given=(ed, es)
+        )
     except CaseFailures as failures:
         _summary(failures.cases, output)
         raise
