@@ -7,12 +7,15 @@
     python scripts/pipeline.py correct  --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py evaluate --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py export   --bundle NAME --output DIR
+    python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
 import json
+import logging
 import sys
+import warnings
 
 
 def _segmenter(model: str, map: str, samples: int, device: str, bundle_dir: str | None):
@@ -276,6 +279,18 @@ def evaluate(
     _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
 
 
+def dicom_seg(predictions: str, dicom: str) -> None:
+    """Write segmentations and flagged regions as DICOM Segmentation objects, beside the NIfTI files.
+
+    Args:
+        predictions: output folder of run on DICOM.
+        dicom: folder of the source images, to which the objects refer; they carry the patient's identity from there.
+    """
+    from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
+
+    _finish(write_dicom_seg(predictions, dicom))
+
+
 def export(
     bundle: str,
     output: str,
@@ -301,6 +316,9 @@ def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
 
+    # MONAI looks for a GPU decoder of DICOM files whenever a reader is made, and tells that there is none
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     commands = {
         "demo": demo,
         "run": run,
@@ -309,6 +327,7 @@ def main() -> None:
         "correct": correct,
         "evaluate": evaluate,
         "export": export,
+        "dicom_seg": dicom_seg,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

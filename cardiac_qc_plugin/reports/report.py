@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from cardiac_qc_plugin.metrics.plausibility import CRITERIA
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.workflows.files import write_text
 
@@ -82,7 +83,11 @@ def _with_slices(output: Path, qc: Mapping[str, Any]) -> dict[str, Any]:
         }
         for (index, regions), path in zip(flagged.items(), pictures, strict=True)
     ]
-    return {"qc": qc, "slices": slices}
+    violations = qc["segmentation"].get("plausibility", {}).get("violations", {})
+    implausible = "; ".join(
+        f"{CRITERIA[name]} (slice {', '.join(str(z + 1) for z in found)})" for name, found in violations.items()
+    )
+    return {"qc": qc, "slices": slices, "implausible": implausible}
 
 
 def _with_figure(output: Path, cine: Mapping[str, Any]) -> dict[str, Any]:

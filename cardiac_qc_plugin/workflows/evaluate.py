@@ -25,6 +25,8 @@ from cardiac_qc_plugin.metrics.detection import (
     region_curve,
     slice_precision_recall,
 )
+from cardiac_qc_plugin.metrics.plausibility import CRITERIA as PLAUSIBILITY_CRITERIA
+from cardiac_qc_plugin.metrics.plausibility import Plausibility
 from cardiac_qc_plugin.metrics.segmentation import summarize
 from cardiac_qc_plugin.metrics.statistics import (
     mann_whitney_u,
@@ -152,6 +154,10 @@ def summarize_cases(cases: Iterable[Measurement], patients: Patients) -> dict[st
         "detection": summarize_detection([case for case in cases if case.detection]),
         "risk_coverage": summarize_coverage(cases),
         "scan_level": summarize_scans(cases),
+        "plausibility": {
+            "segmentations": summarize_plausibility([case.plausibility for case in cases]),
+            "references": summarize_plausibility([case.reference_plausibility for case in cases]),
+        },
     }
 
 
@@ -249,6 +255,18 @@ def summarize_scans(cases: Sequence[Measurement]) -> dict[str, dict[str, float]]
     return result
 
 
+def summarize_plausibility(results: Sequence[Plausibility]) -> dict[str, Any]:
+    """Volumes and slices that violate any criterion, and slices that violate each."""
+    return {
+        "n_cases": len(results),
+        "n_slices": sum(result.n_slices for result in results),
+        "implausible_cases": sum(result.count > 0 for result in results),
+        "implausible_slices": sum(len(result.implausible_slices) for result in results),
+        "violations": sum(result.count for result in results),
+        "criteria": {name: sum(len(r.violations.get(name, [])) for r in results) for name in PLAUSIBILITY_CRITERIA},
+    }
+
+
 def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
     """Before and after, paired, in the cases that are in both: differences and tests of every cell."""
     both = [case for case in before if case in after]
@@ -267,6 +285,10 @@ def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
         "hausdorff_fell": sum(cell["mean_difference"] < 0 for cell in hausdorff),
         "hausdorff_cells": len(hausdorff),
         "clinical": summarize_clinical(patients),
+        "plausibility": {
+            name: summarize_plausibility([side[case].plausibility for case in both])
+            for name, side in (("before", before), ("after", after))
+        },
     }
 
 

@@ -18,6 +18,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import structure_volumes
+from cardiac_qc_plugin.metrics.plausibility import plausibility
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.reports import write_report
 from cardiac_qc_plugin.reports.pictures import write_pictures
@@ -74,13 +75,16 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
         write_like(image, volume.data, volume)
     result = bundle({"image": str(image)})
     write_maps(result, SEGMENT_FILES, folder, volume)
+    labels = np.asarray(result["pred"])[0]
+    checked = plausibility(labels, volume.spacing)
     return {
         "map": bundle.config["map"],
         "samples": bundle.config["samples"],
         "seed": bundle.config["seed"],
         **result["result"],
-        "volume_ml": structure_volumes(np.asarray(result["pred"])[0], volume.spacing),
+        "volume_ml": structure_volumes(labels, volume.spacing),
         "sample_volume_ml": sample_volumes(bundle.inferer.sample_areas, spacing_of(result["image"])),
+        "plausibility": {"violations": checked.violations, "implausible_slices": checked.implausible_slices},
     }
 
 
@@ -222,6 +226,7 @@ def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) 
     ]
     for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"]):
         detection, agreement = qc["detection"], qc["segmentation"]["pairwise_dice"]
+        checked = qc["segmentation"].get("plausibility", {})  # not in results of older versions
         rows.append(
             {
                 "rank": 0,
@@ -231,6 +236,7 @@ def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) 
                 "regions_flagged": len(detection["regions"]),
                 "slices_flagged": len(detection["flagged_slices"]),
                 "slices": qc["input"]["shape"][2],
+                "slices_implausible": len(checked["implausible_slices"]) if checked else None,
                 **{f"{name}_volume_ml": round(ml, 1) for name, ml in qc["segmentation"]["volume_ml"].items()},
                 **{f"{name}_pairwise_dice": None if v is None else round(v, 4) for name, v in agreement.items()},
             }
