@@ -31,6 +31,9 @@ MEANING = {
         Code("failure", "99CQC", "Expected failure of automatic segmentation"),
     ),
 }
+# may be empty, but not missing
+PATIENT_AND_STUDY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
+PATIENT_AND_STUDY += ("AccessionNumber", "ReferringPhysicianName")
 FILES = {"segmentation": tuple(CLASS_NAMES.values()), "failure_regions": ("failure",)}
 
 
@@ -90,11 +93,8 @@ def _write_phase(folder: Path, planes: Sequence[dict[str, Any]], sources: dict[s
     images = [dcmread(sources[uids[z]]) for z in once]
     if images[0].SOPClassUID != MRImageStorage:
         raise ValueError("made from a multi-frame image, of which no DICOM Segmentation can be written yet.")
-    frame_of_reference = images[0].get("FrameOfReferenceUID")
     for image in images:
-        image.FrameOfReferenceUID = frame_of_reference  # one per file after some de-identifiers; a Segmentation has one
-        for element in [e for e in image if e.VR in ("DA", "TM") and not _valid(e)]:
-            element.value = ""
+        _complete(image, images[0])
     written = 0
     for name, segments in FILES.items():
         path = folder / f"{name}.dcm"
@@ -108,6 +108,19 @@ def _write_phase(folder: Path, planes: Sequence[dict[str, Any]], sources: dict[s
             write_file(path, segmentation.save_as)
             written += 1
     return written
+
+
+def _complete(image: Dataset, first: Dataset) -> None:
+    """Bring an image that a de-identifier has been at to what a Segmentation's source has to be, in memory."""
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        if not first.get(name):
+            raise ValueError(f"its source images have no {name}, to which a DICOM Segmentation has to refer.")
+    image.FrameOfReferenceUID = first.FrameOfReferenceUID  # one per file after some de-identifiers
+    for name in PATIENT_AND_STUDY:
+        if name not in image:
+            setattr(image, name, "")
+    for element in [e for e in image if e.VR in ("DA", "TM") and not _valid(e)]:
+        element.value = ""
 
 
 def _valid(element: DataElement) -> bool:
