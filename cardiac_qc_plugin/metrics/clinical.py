@@ -151,6 +151,11 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
     volumes = np.asarray(volumes, dtype=float)
     if volumes.ndim != 1 or volumes.size < 3 or not np.isfinite(volumes).all():
         raise ValueError(f"volumes must be three or more finite numbers on one axis, got {volumes}")
+    return _repair(volumes, tolerance)[1]
+
+
+def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, list[int]]:
+    """The volumes with jumps replaced by the mean of their neighbors, and the jumps, see `volume_jumps`."""
     repaired, jumps = volumes.copy(), []
     while len(jumps) < volumes.size:
         before, after = np.roll(repaired, 1), np.roll(repaired, -1)
@@ -160,11 +165,13 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
             break
         jumps.append(worst)
         repaired[worst] = (before[worst] + after[worst]) / 2  # so that its neighbors do not stand out in turn
-    return sorted(set(jumps))
+    return repaired, sorted(set(jumps))
 
 
 def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     """End-diastole and end-systole: the phases with the largest and the smallest LV volume, jumps left aside.
+
+    Of phases within 1 % of the largest volume of each other, the one whose neighbors are the most extreme too is taken.
 
     Args:
         lv_volumes: shape (phases,), ml; at least 3.
@@ -176,10 +183,19 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
         ValueError: as `volume_jumps`, or if there is no LV in any phase.
     """
     volumes = np.asarray(lv_volumes, dtype=float)
-    trusted = np.setdiff1d(np.arange(volumes.size), volume_jumps(volumes))
-    if not volumes[trusted].any():
+    jumps = volume_jumps(volumes)
+    repaired, _ = _repair(volumes)
+    if not repaired.any() or len(jumps) == volumes.size:
         raise ValueError("no phase has an LV, so there is no end-diastole")
-    return int(trusted[np.argmax(volumes[trusted])]), int(trusted[np.argmin(volumes[trusted])])
+    smooth = (np.roll(repaired, 1) + 2 * repaired + np.roll(repaired, -1)) / 4
+    trusted = np.setdiff1d(np.arange(volumes.size), jumps)
+
+    def extreme(sign: int) -> int:
+        behind = sign * (volumes[trusted] - sign * (sign * volumes[trusted]).max())
+        close = trusted[behind >= -0.01 * repaired.max()]
+        return int(close[np.argmax(sign * smooth[close])])
+
+    return extreme(1), extreme(-1)
 
 
 def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:

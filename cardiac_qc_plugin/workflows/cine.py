@@ -24,7 +24,7 @@ from cardiac_qc_plugin.reports.cine import draw_volumes
 from .files import read_json, write_file, write_json, write_text
 from .references import patient_and_phase
 
-__all__ = ["Cine", "choose_phases", "group_cines", "write_cines"]
+__all__ = ["Cine", "choose_phases", "group_cines", "plan_phases", "write_cines"]
 
 PHASE = re.compile(r"(.+)/phase(\d+)")
 UNITS = {"edv": "ml", "esv": "ml", "sv": "ml", "ef": "percent", "mass": "g"}
@@ -41,18 +41,21 @@ class Cine:
         given: phase numbers of end-diastole and end-systole, where they are known.
 
     Attributes:
+        volume_ml: volumes by phase and structure. Where end-diastole and end-systole were segmented once more with
+            samples, these are the volumes before, for a curve that is made alike.
         source: ``dicom.json``'s content, for a cine from DICOM.
     """
 
     def __init__(self, name: str, phases: Mapping[int, dict[str, Any]], given: Given, output: Path) -> None:
         self.name, self.phases = name, dict(sorted(phases.items()))
+        self.volume_ml = {phase: qc["segmentation"]["volume_ml"] for phase, qc in self.phases.items()}
         self.given = given
         self.folder = output / name
         record = self.folder / "dicom.json"
         self.source = read_json(record) if record.is_file() else {}
 
     def volumes(self, structure: str) -> list[float]:
-        return [qc["segmentation"]["volume_ml"][structure] for qc in self.phases.values()]
+        return [volumes[structure] for volumes in self.volume_ml.values()]
 
     def find(self) -> Given:
         """Phase numbers of end-diastole and end-systole by the LV's volume; None where there is no telling."""
@@ -126,6 +129,18 @@ def choose_phases(cine: Cine) -> Given:
     return tuple(one if one is not None else other for one, other in zip(cine.given, cine.find(), strict=True))
 
 
+def plan_phases(cine: Cine, made_of: str) -> Given:
+    """End-diastole and end-systole of a cine that is segmented in two steps, kept in ``plan.json`` with the volumes
+    that they were chosen by; a later run over the same images goes by this file."""
+    path = cine.folder / "plan.json"
+    plan = read_json(path) if path.is_file() else {}
+    if plan.get("made_of") != made_of:
+        plan = {"made_of": made_of, "ed_es": choose_phases(cine), "volume_ml": list(cine.volume_ml.values())}
+        write_json(path, plan)
+    cine.volume_ml = dict(zip(cine.phases, plan["volume_ml"], strict=True))
+    return tuple(plan["ed_es"])
+
+
 def write_cines(cines: Sequence[Cine], output: Path, chosen: Mapping[str, Given]) -> list[dict[str, Any]]:
     """Write each cine's ``cine.json``, ``volumes.csv`` and ``cine.png``, and ``indices.csv`` over all of them.
 
@@ -158,9 +173,8 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
     curve = [
         {"phase": phase}
         | ({"trigger_time_ms": times[phase]} if phase < len(times) else {})
-        | {f"{name}_ml": round(qc["segmentation"]["volume_ml"][name], 2) for name in STRUCTURES}
-        | {"segmented_by": qc["segmentation"]["map"]}
-        for phase, qc in cine.phases.items()
+        | {f"{name}_ml": round(volumes[name], 2) for name in STRUCTURES}
+        for phase, volumes in cine.volume_ml.items()
     ]
     subject = cine.subject()
     record = {

@@ -24,7 +24,7 @@ from cardiac_qc_plugin.reports import write_report
 from cardiac_qc_plugin.reports.pictures import write_pictures
 from cardiac_qc_plugin.transforms.spatial import spacing_of
 
-from .cine import PHASE, Given, choose_phases, group_cines, write_cines
+from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines
 from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
 
 __all__ = ["CaseFailures", "run"]
@@ -281,29 +281,23 @@ def each_scan(
 
 def preview_cines(
     scans: Sequence[Scan], output: Path, predictors: Predictors, preview: Predictors, given: Given
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]], dict[str, Given]]:
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]], dict[str, str]]:
     """All phases of cines by ``preview``, then their end-diastole and end-systole, and single scans, by ``predictors``.
 
     Returns:
-        Finished cases, failures, and the phases that were chosen. These are kept from an earlier run over the same
-        images, in which the volumes that they were chosen by have been replaced.
+        Finished cases, failures, and what the plan of each cine was made of.
     """
     phases = [scan for scan in scans if PHASE.fullmatch(scan.case)]
     cases, failures = each_scan(phases, output, preview, accepted=predictors)
-    chosen: dict[str, Given] = {}
     wanted = {scan.case for scan in scans} - {scan.case for scan in phases}
+    plans = {}
     for cine in group_cines(cases, output, given):
-        made_of = digest(preview[0].digest, given, *(qc["input"]["sha256"] for qc in cine.phases.values()))
-        plan = cine.folder / "plan.json"
-        if plan.is_file() and read_json(plan)["digest"] == made_of:
-            chosen[cine.name] = tuple(read_json(plan)["ed_es"])
-        else:
-            chosen[cine.name] = choose_phases(cine)
-            write_json(plan, {"digest": made_of, "ed_es": chosen[cine.name]})
-        wanted |= {cine.phases[phase]["case"] for phase in chosen[cine.name] if phase is not None}
+        plans[cine.name] = digest(preview[0].digest, given, *(qc["input"]["sha256"] for qc in cine.phases.values()))
+        chosen = plan_phases(cine, plans[cine.name])
+        wanted |= {cine.phases[phase]["case"] for phase in chosen if phase is not None}
     again, broken = each_scan([scan for scan in scans if scan.case in wanted], output, predictors)
     finished = {qc["case"]: qc for qc in cases if qc["case"] not in dict(broken)} | {qc["case"]: qc for qc in again}
-    return [finished[scan.case] for scan in scans if scan.case in finished], failures + broken, chosen
+    return [finished[scan.case] for scan in scans if scan.case in finished], failures + broken, plans
 
 
 def comparable(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -350,12 +344,15 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     if preview is None:
         cases, broken = each_scan(scans, output, (segmenter, detector))
-        chosen = {}
+        plans = {}
     else:
-        cases, broken, chosen = preview_cines(scans, output, (segmenter, detector), preview, given)
+        cases, broken, plans = preview_cines(scans, output, (segmenter, detector), preview, given)
     failures = [*failures, *broken]
     cines = group_cines(cases, output, given)
-    records = write_cines(cines, output, {cine.name: chosen.get(cine.name) or choose_phases(cine) for cine in cines})
+    chosen = {
+        cine.name: plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine) for cine in cines
+    }
+    records = write_cines(cines, output, chosen)
     if detector is not None:
         cases = comparable(cases)
         write_worklist(output / "worklist.csv", worklist_rows(cases, failures))

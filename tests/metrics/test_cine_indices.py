@@ -15,6 +15,11 @@ def test_ed_and_es():
         assert find_ed_es(np.roll(BEAT, shift)) == (shift, (5 + shift) % 12)
 
 
+def test_of_nearly_equal_phases_the_one_with_like_neighbors():
+    volumes = [278, 270, 263, 248, 235, 225, 223, 226, 227, 241, 261, 268, 269, 278.1, 273, 274]
+    assert find_ed_es(volumes) == (0, 6)
+
+
 def test_a_beat_has_no_jump():
     for shift in range(12):
         assert volume_jumps(np.roll(BEAT, shift)) == []

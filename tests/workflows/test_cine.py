@@ -132,7 +132,8 @@ def test_samples_at_ed_and_es_only(bundles, tmp_path):  # noqa: F811
     record = json.loads((tmp_path / "out" / "heart_4d" / "cine.json").read_text())
     sampled = [qc["case"][-2:] for qc in cases if qc["segmentation"]["map"] == "bmap"]
     assert sampled == [f"{p:02d}" for p in sorted((0, record["es_phase"]))] and record["es_phase"] != 0
-    assert [point["segmented_by"] for point in record["curve"]].count("bmap") == 2
+    plan = json.loads((tmp_path / "out" / "heart_4d" / "plan.json").read_text())
+    assert [point["LV_ml"] for point in record["curve"]] == [round(v["LV"], 2) for v in plan["volume_ml"]]
     assert {qc["scores"]["urgency"] == qc["scores"]["region_failure"] for qc in cases} == {True}
     samples = cases[0]["segmentation"]["sample_volume_ml"]
     assert [len(samples[name]) for name in ("RV", "LVM", "LV")] == [3, 3, 3]
