@@ -43,6 +43,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         "Mean ± standard deviation.",
         *_segmentation(summary["segmentation"], summary["mean_dice"]),
         *_clinical(summary["clinical"], "Clinical indices, automatic - reference"),
+        *_intervals(summary["intervals"]),
         *_detection(summary["detection"]),
         *_coverage(summary["risk_coverage"]),
         *_scans(summary["scan_level"]),
@@ -90,6 +91,16 @@ def _clinical(indices: Mapping[str, Any], title: str) -> list[str]:
         for key, entry in indices.items()
     ]
     return [f"## {title}", _table(["", "r", "bias ± SD", "MAE", "n"], rows)] if rows else []
+
+
+def _intervals(indices: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, _number(entry["coverage"], 1, 100), _number(entry["mean_width"], 1), f"{entry['n']}"]
+        for name, entry in indices.items()
+    ]
+    note = "How often the 95 % interval from the Monte Carlo samples has the reference's value in it."
+    header = ["", "covered (%)", "mean width", "n"]
+    return ["## Intervals of the clinical indices", note, _table(header, rows)] if rows else []
 
 
 def _detection(detection: Mapping[str, Any]) -> list[str]:

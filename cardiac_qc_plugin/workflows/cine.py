@@ -24,7 +24,7 @@ from cardiac_qc_plugin.reports.cine import draw_volumes
 from .files import read_json, write_file, write_json, write_text
 from .references import patient_and_phase
 
-__all__ = ["Cine", "choose_phases", "group_cines", "plan_phases", "write_cines"]
+__all__ = ["Cine", "choose_phases", "group_cines", "index_intervals", "named_indices", "plan_phases", "write_cines"]
 
 PHASE = re.compile(r"(.+)/phase(\d+)")
 UNITS = {"edv": "ml", "esv": "ml", "sv": "ml", "ef": "percent", "mass": "g"}
@@ -201,7 +201,9 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
     return record | {
         "body_surface_area_m2": None if area is None else round(area, 3),
         "indices": {name: None if np.isnan(value) else round(value, 2) for name, value in indices.items()},
-        "intervals": intervals(indices, ed["segmentation"], es["segmentation"], area),
+        "intervals": index_intervals(
+            indices, *(phase["segmentation"].get("sample_volume_ml", {}) for phase in (ed, es)), area
+        ),
         "flagged_slices": flagged,
     }
 
@@ -218,16 +220,25 @@ def named_indices(ed: Mapping[str, float], es: Mapping[str, float], area: float 
     return named
 
 
-def intervals(
-    indices: Mapping[str, float], ed: Mapping[str, Any], es: Mapping[str, Any], area: float | None
+def index_intervals(
+    indices: Mapping[str, float],
+    ed: Mapping[str, Sequence[float]],
+    es: Mapping[str, Sequence[float]],
+    area: float | None = None,
 ) -> dict[str, list[float]]:
-    """95 % intervals of the indices from the Monte Carlo samples of both phases; none without two samples of each."""
-    samples = [phase.get("sample_volume_ml") or {} for phase in (ed, es)]
-    count = min((len(values) for sample in samples for values in sample.values()), default=0)
-    if count < 2 or not all(samples):
+    """95 % intervals of the indices; none without two samples of both phases.
+
+    Args:
+        indices: see :func:`named_indices`.
+        ed: volumes in ml of the Monte Carlo samples at end-diastole, by structure.
+        es: the same at end-systole.
+        area: body surface area, where the indices have those by area.
+    """
+    count = min((len(volumes) for phase in (ed, es) for volumes in phase.values()), default=0)
+    if count < 2 or not (ed and es):
         return {}
     drawn = [
-        named_indices(*({name: values[t] for name, values in sample.items()} for sample in samples), area)
+        named_indices(*({name: volumes[t] for name, volumes in phase.items()} for phase in (ed, es)), area)
         for t in range(count)
     ]
     ends = {name: sample_interval(value, [one[name] for one in drawn]) for name, value in indices.items()}

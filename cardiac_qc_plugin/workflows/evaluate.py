@@ -36,6 +36,7 @@ from cardiac_qc_plugin.metrics.statistics import (
     wilcoxon_signed_rank,
 )
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
+from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
 from cardiac_qc_plugin.workflows.files import write_file, write_json, write_text
 from cardiac_qc_plugin.workflows.measure import (
     CRITERIA,
@@ -127,12 +128,15 @@ def _measure(root: str | Path, measure: partial) -> tuple[dict[str, Measurement]
 
 def measure_patients(cases: Cases) -> dict[str, tuple[ClinicalIndices, ClinicalIndices]]:
     """Clinical indices, automatic and reference, of the patients with both phases."""
+    return {patient: measure_patient(ed, es) for patient, (ed, es) in _pairs(cases.values()).items()}
+
+
+def _pairs(cases: Iterable[Measurement]) -> dict[str, tuple[Measurement, Measurement]]:
+    """End-diastole and end-systole of the patients that have both."""
     phases: dict[str, dict[str, Measurement]] = {}
-    for case in cases.values():
+    for case in cases:
         phases.setdefault(case.patient, {})[case.phase] = case
-    return {
-        patient: measure_patient(own["ED"], own["ES"]) for patient, own in phases.items() if {"ED", "ES"} <= own.keys()
-    }
+    return {patient: (own["ED"], own["ES"]) for patient, own in phases.items() if {"ED", "ES"} <= own.keys()}
 
 
 def summarize_cases(cases: Iterable[Measurement], patients: Patients) -> dict[str, Any]:
@@ -151,6 +155,7 @@ def summarize_cases(cases: Iterable[Measurement], patients: Patients) -> dict[st
         "segmentation": segmentation,
         "mean_dice": {"mean": float(np.mean(six)) if six else np.nan, "cells": len(six)},
         "clinical": summarize_clinical(patients),
+        "intervals": summarize_intervals(cases),
         "detection": summarize_detection([case for case in cases if case.detection]),
         "risk_coverage": summarize_coverage(cases),
         "scan_level": summarize_scans(cases),
@@ -177,6 +182,20 @@ def summarize_clinical(patients: Patients) -> dict[str, dict[str, float]]:
     return {
         field.name: asdict(agreement(automatic[:, i], reference[:, i]))
         for i, field in enumerate(fields(ClinicalIndices))
+    }
+
+
+def summarize_intervals(cases: Iterable[Measurement]) -> dict[str, dict[str, float]]:
+    """How often the 95 % interval of an index, from the samples, has the reference's value in it; its mean width."""
+    inside: dict[str, list[tuple[bool, float]]] = {}
+    for ed, es in _pairs(cases).values():
+        automatic = named_indices(ed.volume_ml, es.volume_ml, None)
+        reference = named_indices(ed.reference_volume_ml, es.reference_volume_ml, None)
+        for name, (low, high) in index_intervals(automatic, ed.sample_volume_ml, es.sample_volume_ml).items():
+            inside.setdefault(name, []).append((low <= reference[name] <= high, high - low))
+    return {
+        name: {"coverage": float(covered), "mean_width": float(width), "n": len(inside[name])}
+        for name, (covered, width) in ((name, np.mean(pairs, axis=0)) for name, pairs in inside.items())
     }
 
 

@@ -41,6 +41,7 @@ class Measurement:
         detection: regions beside the failures in them, by failure criterion.
         coverage: risk-coverage curve by uncertainty map.
         scan_scores: scores of the scan as a whole, higher is more urgent; nan where undefined.
+        sample_volume_ml: volumes of the segmentation's Monte Carlo samples by structure.
         plausibility: criteria that the segmentation violates.
         reference_plausibility: those that the reference violates.
     """
@@ -57,6 +58,7 @@ class Measurement:
     detection: dict[str, VolumeDetection]
     coverage: dict[str, RiskCoverage]
     scan_scores: dict[str, float]
+    sample_volume_ml: dict[str, list[float]]
     plausibility: Plausibility
     reference_plausibility: Plausibility
 
@@ -133,6 +135,7 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
         detection=detection,
         coverage={n: voxel_risk_coverage(segmentation.data, reference, values) for n, values in maps.items()},
         scan_scores=_scan_scores(qc, maps, segmentation.data),
+        sample_volume_ml=qc.get("segmentation", {}).get("sample_volume_ml", {}),
         plausibility=plausibility(segmentation.data, segmentation.spacing),
         reference_plausibility=plausibility(reference, segmentation.spacing),
     )
