@@ -20,8 +20,8 @@ _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "F
 def reduced_precision(device: torch.device) -> bool:
     """Whether bf16 convolutions are fast on the device: GPUs, and CPUs with AMX instructions.
 
-    With AVX512-bf16 alone, bf16 made the DRN slower and the DN hardly faster (2 cores, torch 2.13: a training step of the
-    DRN 2.4 s against 1.3 s in fp32).
+    With AVX512-bf16 alone it does not pay: a training step of the DRN takes 2.4 s in bf16 and 1.3 s in fp32 (two cores,
+    torch 2.13).
     """
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported()
@@ -92,6 +92,10 @@ class MCDropoutSliceInferer(Inferer):
         amp: bf16 where the device is fast at it, see :func:`reduced_precision`.
         progress: called after each pass over a batch of slices with the share of the work done, in (0, 1].
 
+    Attributes:
+        sample_areas: of the last call: pixels of each class in each sample and slice, (B * D, T, K); the spread of a
+            structure's volume over the samples.
+
     Shape:
         ``(B, C, H, W, D)``, slices last, to ``(B, 2 K + 2, H, W, D)`` for ``K`` classes: probabilities (K), b-map,
         e-map (entropy of the deterministic pass), and votes (K): the share of samples whose most probable class is
@@ -128,6 +132,7 @@ class MCDropoutSliceInferer(Inferer):
         self.seed = seed
         self.amp = amp
         self.progress = progress
+        self.sample_areas: torch.Tensor | None = None
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
         if inputs.ndim not in (4, 5):
@@ -145,13 +150,16 @@ class MCDropoutSliceInferer(Inferer):
         with torch.no_grad(), torch.random.fork_rng(devices=[inputs.device] if cuda else []):
             generator.manual_seed(self.seed)
             chunks = slices.split(self.sw_batch_size)
-            maps = torch.cat([self._maps(chunk, network, i, len(chunks)) for i, chunk in enumerate(chunks)])
+            parts = [self._maps(chunk, network, i, len(chunks)) for i, chunk in enumerate(chunks)]
+        maps, self.sample_areas = (torch.cat(part) for part in zip(*parts, strict=True))
         if inputs.ndim == 4:
             return maps
         return maps.unflatten(0, (inputs.shape[0], inputs.shape[-1])).movedim(1, -1)
 
-    def _maps(self, slices: torch.Tensor, network: nn.Module, chunk: int, chunks: int) -> torch.Tensor:
-        """Channels described in the class for ``(B, C, H, W)`` slices; chunk number ``chunk`` of ``chunks``."""
+    def _maps(
+        self, slices: torch.Tensor, network: nn.Module, chunk: int, chunks: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Channels and areas described in the class for ``(B, C, H, W)`` slices; chunk ``chunk`` of ``chunks``."""
 
         def probabilities() -> torch.Tensor:
             return forward(network, slices, self.amp).softmax(dim=1)
@@ -165,10 +173,13 @@ class MCDropoutSliceInferer(Inferer):
             deterministic = probabilities()
         report(1)
         mean, m2, votes = (torch.zeros_like(deterministic) for _ in range(3))
+        areas = torch.zeros(slices.shape[0], self.samples, deterministic.shape[1], dtype=torch.long)
         with sampling(network, active=True):
             for t in range(1, self.samples + 1):
                 sample = probabilities()
-                votes.scatter_add_(1, sample.argmax(dim=1, keepdim=True), torch.ones_like(votes[:, :1]))
+                labels = sample.argmax(dim=1, keepdim=True)
+                votes.scatter_add_(1, labels, torch.ones_like(votes[:, :1]))
+                areas[:, t - 1] = torch.stack([(labels == k).sum(dim=(1, 2, 3)) for k in range(areas.shape[2])], 1)
                 delta = sample - mean
                 mean += delta / t
                 m2 += delta * (sample - mean)
@@ -177,15 +188,13 @@ class MCDropoutSliceInferer(Inferer):
         if self.samples == 0:
             votes.scatter_(1, deterministic.argmax(dim=1, keepdim=True), 1.0)
         use_mean = self.prediction == "mean" and self.samples > 0
-        return torch.cat(
-            [
-                mean if use_mean else deterministic,
-                bayesian_map(std, dim=1),
-                predictive_entropy(deterministic, dim=1),
-                votes / max(self.samples, 1),
-            ],
-            dim=1,
-        )
+        channels = [
+            mean if use_mean else deterministic,
+            bayesian_map(std, dim=1),
+            predictive_entropy(deterministic, dim=1),
+            votes / max(self.samples, 1),
+        ]
+        return torch.cat(channels, dim=1), areas
 
 
 class FailureRegionInferer(Inferer):

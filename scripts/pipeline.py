@@ -10,15 +10,23 @@
     python scripts/pipeline.py auto3dseg --datalist FILE --root DIR --output DIR
     python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
     python scripts/pipeline.py reproduce --data DIR --output DIR [--dry_run]
+    python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
+import json
+import logging
 import sys
+import warnings
 
 
 def _summary(cases: list[dict], output: str) -> None:
     """What was found, and where."""
+    from pathlib import Path
+
+    from cardiac_qc_plugin.reports.cine import describe_cine
+
     flagged = [qc for qc in cases if qc["detection"]["regions"]]
     regions = sum(len(qc["detection"]["regions"]) for qc in cases)
     slices = sum(len(qc["detection"]["flagged_slices"]) for qc in cases)
@@ -30,7 +38,20 @@ def _summary(cases: list[dict], output: str) -> None:
         volumes = ", ".join(f"{name} {ml:.0f} ml" for name, ml in qc["segmentation"]["volume_ml"].items())
         listed = ", ".join(str(z + 1) for z in qc["detection"]["flagged_slices"]) or "none"
         print(f"  {qc['case']}: {volumes}; slices to review: {listed}")
+    for name in dict.fromkeys(qc["case"].rpartition("/phase")[0] for qc in cases if "/phase" in qc["case"]):
+        print(f"  {name}: {describe_cine(json.loads((Path(output) / name / 'cine.json').read_text()))}")
     print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
+
+
+def _gather(input: str, output: str, root: str | None, fold: int | None, series: int | tuple | None, name_by: str):
+    """The scans of an input; names what is skipped."""
+    from cardiac_qc_plugin.workflows.import_dicom import gather_scans
+
+    numbers = () if series is None else (series,) if isinstance(series, int) else tuple(series)
+    inputs = gather_scans(input, output, root, fold, numbers, name_by)
+    if inputs.skipped:
+        print("Skipped:\n" + "\n".join(f"  {item}" for item in inputs.skipped))
+    return inputs
 
 
 def _finish(outcome) -> None:
@@ -46,35 +67,52 @@ def run(
     model: str = "drn",
     map: str = "bmap",
     samples: int = 10,
+    sample_phases: str = "all",
+    ed: int | None = None,
+    es: int | None = None,
     device: str = "auto",
     threshold: float | None = None,
     root: str | None = None,
     fold: int | None = None,
+    series: int | tuple[int, ...] | None = None,
+    name_by: str = "study",
     bundle_dir: str | None = None,
 ) -> None:
     """Segment scans and flag the regions where the segmentation probably failed.
 
     Args:
-        input: a NIfTI file (3-D or 4-D), a folder of them, an ACDC folder, or a MONAI datalist.
+        input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, or a MONAI datalist.
         output: folder for the results; what is already there with the same input and settings is skipped.
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
         samples: Monte Carlo samples T.
+        sample_phases: phases of a cine that are sampled for the b-map: all, or ed_es. With ed_es the others have the
+            e-map, and end-diastole and end-systole are found with it; about T times faster.
+        ed: phase of end-diastole in all cines, numbered from 0 as in the results; by default it is taken from ACDC's
+            Info.cfg, or found from the LV's volume.
+        es: the same for end-systole.
         device: auto, cpu, cuda, cuda:1, ...
         threshold: failure probability from which a region is flagged, instead of the bundle's operating point.
         root: folder that the paths in a datalist are relative to.
         fold: only this fold of a datalist.
+        series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
+        name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
+            patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
     from cardiac_qc_plugin.bundle import load_models
-    from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import CaseFailures
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input, root, fold)
+    if sample_phases not in ("all", "ed_es"):
+        raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
+    inputs = _gather(input, output, root, fold, series, name_by)
     models = load_models(model, map, samples, device, bundle_dir, threshold)
+    preview = None
+    if map == "bmap" and sample_phases == "ed_es":
+        preview = load_models(model, "emap", 0, device, bundle_dir)
     try:
-        cases = run_workflow(scans, str(output), *models)
+        cases = run_workflow(inputs.scans, str(output), *models, inputs.failures, preview=preview, given=(ed, es))
     except CaseFailures as failures:
         _summary(failures.cases, output)
         raise
@@ -90,6 +128,8 @@ def segment(
     device: str = "auto",
     root: str | None = None,
     fold: int | None = None,
+    series: int | tuple[int, ...] | None = None,
+    name_by: str = "study",
     bundle_dir: str | None = None,
 ) -> None:
     """Segment scans with both uncertainty maps, without detection: what a detector is trained on.
@@ -103,14 +143,17 @@ def segment(
         device: auto, cpu, cuda, cuda:1, ...
         root: folder that the paths in a datalist are relative to.
         fold: only this fold of a datalist.
+        series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
+        name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
+            patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
     from cardiac_qc_plugin.bundle import load_segmenter
-    from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input, root, fold)
-    cases = run_workflow(scans, str(output), load_segmenter(model, map, samples, device, bundle_dir), None)
+    inputs = _gather(input, output, root, fold, series, name_by)
+    segmenter = load_segmenter(model, map, samples, device, bundle_dir)
+    cases = run_workflow(inputs.scans, str(output), segmenter, None, inputs.failures)
     print(f"{len(cases)} scan(s) segmented in {output}.")
 
 
@@ -207,6 +250,18 @@ def evaluate(
     from cardiac_qc_plugin.workflows.evaluate import evaluate as evaluate_workflow
 
     _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
+
+
+def dicom_seg(predictions: str, dicom: str) -> None:
+    """Write segmentations and flagged regions as DICOM Segmentation objects, beside the NIfTI files.
+
+    Args:
+        predictions: output folder of run on DICOM.
+        dicom: folder of the source images, to which the objects refer; they carry the patient's identity from there.
+    """
+    from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
+
+    _finish(write_dicom_seg(predictions, dicom))
 
 
 def export(
@@ -377,6 +432,9 @@ def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
 
+    # MONAI looks for a GPU decoder of DICOM files whenever a reader is made, and tells that there is none
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     commands = {
         "demo": demo,
         "run": run,
@@ -388,6 +446,7 @@ def main() -> None:
         "auto3dseg": auto3dseg,
         "fold_to_bundle": fold_to_bundle,
         "reproduce": reproduce,
+        "dicom_seg": dicom_seg,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

@@ -533,3 +533,18 @@ def test_detector_of_another_region_size_is_refused():
 def test_detector_needs_image_map_and_segmentation(shape):
     with pytest.raises(ValueError, match="segmentation"):
         FailureRegionInferer()(stack(*shape), RegionMeans())
+
+
+def test_sample_areas_are_those_of_the_samples():
+    """Against samples of one at a time, whose most probable class the votes tell."""
+    torch.manual_seed(0)
+    network, image = DilatedCNN(), torch.rand(1, 1, 24, 24, 3)
+    inferer = MCDropoutSliceInferer(samples=4, sw_batch_size=2, amp=False)
+    votes = inferer(image, network)[0, 6:]
+    areas = inferer.sample_areas
+    assert areas.shape == (3, 4, 4) and (areas.sum(dim=2) == 24 * 24).all()
+    torch.testing.assert_close(areas.sum(dim=1).float() / 4, votes.sum(dim=(1, 2)).T)
+    single = MCDropoutSliceInferer(samples=1, sw_batch_size=4, amp=False)
+    expected = single(image, network)[0, 6:].sum(dim=(1, 2)).T.long()
+    torch.testing.assert_close(single.sample_areas[:, 0], expected)
+    assert MCDropoutSliceInferer(samples=0)(image, network) is not None

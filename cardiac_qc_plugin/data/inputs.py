@@ -12,6 +12,7 @@ from .predictions import case_name
 __all__ = ["Scan", "find_scans"]
 
 SUFFIXES = (".nii", ".nii.gz")
+RECORDS = ("qc.json", "correction.json", "dicom.json")  # left by a stage in a case's folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
         files = [f for f in sorted(path.rglob("*")) if f.name.endswith(SUFFIXES) and not f.name.startswith(".")]
         files = [f for f in files if not case_name(f).endswith("_gt") and not has_frames(f) and not is_result(f, path)]
         if not files:
-            raise ValueError(f"{path}: no NIfTI file (.nii, .nii.gz) in this folder or below it.")
+            raise ValueError(f"{path}: no NIfTI file (.nii, .nii.gz) and no DICOM file in this folder or below it.")
     elif path.suffix == ".json" and path.is_file():
         files = datalist_files(path, path.parent if root is None else Path(root), fold)
     elif path.is_file():
@@ -70,7 +71,7 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
 def is_result(file: Path, root: Path) -> bool:
     """Whether a file below ``root`` was written by a stage of the pipeline."""
     folders = [folder for folder in file.parents if folder.is_relative_to(root)]
-    return any((folder / record).is_file() for folder in folders for record in ("qc.json", "correction.json"))
+    return any((folder / record).is_file() for folder in folders for record in RECORDS)
 
 
 def has_frames(file: Path) -> bool:

@@ -1,13 +1,17 @@
 """Clinical indices and their agreement with the reference (paper, section IV and Table II)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES, check_labels, check_spacing
 from cardiac_qc_plugin.metrics.statistics import mean_sd, paired_values, pearson
+
+DENSITY = 1.05
+"""Of myocardium, g/ml."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,16 @@ def clinical_indices(
     es_labels: np.ndarray,
     spacing_ed: Sequence[float],
     spacing_es: Sequence[float],
-    density: float = 1.05,
+    density: float = DENSITY,
 ) -> ClinicalIndices:
-    """EDV, ESV and EF of both ventricles and the mass of the LVM (paper, section IV).
-
-    EF = 100 (EDV - ESV) / EDV. A mask without the cavity at end-diastole has no EF (nan); an EF below zero is
-    given as it is, since it tells of a failed segmentation.
+    """EDV, ESV and EF of both ventricles and the mass of the LVM (paper, section IV), see `indices_of_volumes`.
 
     Args:
         ed_labels: labels at end-diastole, shape (H, W, D), values 0-3.
         es_labels: labels at end-systole, shape (H', W', D'), values 0-3.
         spacing_ed: (row, column, slice) in mm at end-diastole.
         spacing_es: the same at end-systole.
-        density: of myocardium, in g/ml. The paper gives none; 1.05 is the usual value.
+        density: of myocardium, in g/ml.
 
     Returns:
         The indices.
@@ -87,9 +88,27 @@ def clinical_indices(
     Raises:
         ValueError: for unknown labels, an invalid spacing or a density that is not positive.
     """
+    return indices_of_volumes(
+        structure_volumes(ed_labels, spacing_ed), structure_volumes(es_labels, spacing_es), density
+    )
+
+
+def indices_of_volumes(ed: Mapping[str, float], es: Mapping[str, float], density: float = DENSITY) -> ClinicalIndices:
+    """Clinical indices from the volumes at end-diastole and end-systole.
+
+    EF = 100 (EDV - ESV) / EDV. A mask without the cavity at end-diastole has no EF (nan); an EF below zero is
+    given as it is, since it tells of a failed segmentation.
+
+    Args:
+        ed: volumes in ml at end-diastole by class name (`CLASS_NAMES`).
+        es: the same at end-systole.
+        density: of myocardium, in g/ml. The paper gives none; 1.05 is the usual value.
+
+    Raises:
+        ValueError: for a density that is not positive.
+    """
     if not density > 0:
         raise ValueError(f"density must be positive (g/ml), got {density}")
-    ed, es = structure_volumes(ed_labels, spacing_ed), structure_volumes(es_labels, spacing_es)
     return ClinicalIndices(
         lv_edv=ed["LV"],
         lv_esv=es["LV"],
@@ -103,6 +122,102 @@ def clinical_indices(
 
 def _ejection_fraction(edv: float, esv: float) -> float:
     return 100 * (edv - esv) / edv if edv > 0 else float("nan")
+
+
+def body_surface_area(height_cm: float, weight_kg: float) -> float:
+    """Body surface area in m² (Mosteller, NEJM 317, 1987): the root of height in cm times weight in kg over 3600.
+
+    Raises:
+        ValueError: unless both are positive.
+    """
+    if not (height_cm > 0 and weight_kg > 0):
+        raise ValueError(f"height and weight must be positive (cm, kg), got {height_cm} and {weight_kg}")
+    return float(np.sqrt(height_cm * weight_kg / 3600))
+
+
+def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
+    """Phases of a cine whose volume stands out from both neighbors: hearts do not do that, failed segmentations do.
+
+    A phase stands out if it differs from the median of itself and its two neighbors by more than `tolerance` of the
+    cine's largest volume. The last phase and the first are neighbors, since a cine covers one cycle.
+
+    Args:
+        volumes: shape (phases,), ml; at least 3.
+        tolerance: share of the largest volume.
+
+    Raises:
+        ValueError: for other than one axis of at least three finite volumes.
+    """
+    volumes = np.asarray(volumes, dtype=float)
+    if volumes.ndim != 1 or volumes.size < 3 or not np.isfinite(volumes).all():
+        raise ValueError(f"volumes must be three or more finite numbers on one axis, got {volumes}")
+    return _repair(volumes, tolerance)[1]
+
+
+def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, list[int]]:
+    """The volumes with jumps replaced by the mean of their neighbors, and the jumps, see `volume_jumps`."""
+    repaired, jumps = volumes.copy(), []
+    while len(jumps) < volumes.size:
+        before, after = np.roll(repaired, 1), np.roll(repaired, -1)
+        deviation = np.abs(repaired - np.median([before, repaired, after], axis=0))
+        worst = int(deviation.argmax())
+        if deviation[worst] <= tolerance * volumes.max():
+            break
+        jumps.append(worst)
+        repaired[worst] = (before[worst] + after[worst]) / 2  # so that its neighbors do not stand out in turn
+    return repaired, sorted(set(jumps))
+
+
+def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
+    """End-diastole and end-systole: the phases with the largest and the smallest LV volume, jumps left aside.
+
+    Of phases within 1 % of the largest volume of each other, the one whose neighbors are the most extreme too is taken.
+
+    Args:
+        lv_volumes: shape (phases,), ml; at least 3.
+
+    Returns:
+        Indices of both phases.
+
+    Raises:
+        ValueError: as `volume_jumps`, or if there is no LV in any phase.
+    """
+    volumes = np.asarray(lv_volumes, dtype=float)
+    jumps = volume_jumps(volumes)
+    repaired, _ = _repair(volumes)
+    if not repaired.any() or len(jumps) == volumes.size:
+        raise ValueError("no phase has an LV, so there is no end-diastole")
+    smooth = (np.roll(repaired, 1) + 2 * repaired + np.roll(repaired, -1)) / 4
+    trusted = np.setdiff1d(np.arange(volumes.size), jumps)
+
+    def extreme(sign: int) -> int:
+        behind = sign * (volumes[trusted] - sign * (sign * volumes[trusted]).max())
+        close = trusted[behind >= -0.01 * repaired.max()]
+        return int(close[np.argmax(sign * smooth[close])])
+
+    return extreme(1), extreme(-1)
+
+
+def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Interval around an index from the same index of Monte Carlo samples.
+
+    ``value`` plus and minus Student's quantile for T - 1 degrees of freedom times the samples' standard deviation
+    (ddof = 1). It is centered on the reported value, because single samples are neither averaged nor reduced to
+    their largest component.
+
+    Args:
+        value: the index of the reported segmentation.
+        samples: shape (T,), the index of each sample.
+        level: of the interval.
+
+    Returns:
+        Lower and upper end; nan with fewer than two samples or where a sample has no such index.
+    """
+    samples = np.asarray(samples, dtype=float)
+    if samples.size < 2:
+        return float("nan"), float("nan")
+    half = float(student_t.ppf((1 + level) / 2, samples.size - 1) * samples.std(ddof=1))
+    return value - half, value + half
 
 
 def agreement(automatic: ArrayLike, reference: ArrayLike) -> Agreement:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from cardiac_qc_plugin.metrics.detection import RegionCurve, SlicePrecisionRecall
+from cardiac_qc_plugin.metrics.plausibility import CRITERIA
 
 __all__ = ["draw_coverage", "draw_regions", "draw_slices", "summary_text"]
 
@@ -42,9 +43,11 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         "Mean ± standard deviation.",
         *_segmentation(summary["segmentation"], summary["mean_dice"]),
         *_clinical(summary["clinical"], "Clinical indices, automatic - reference"),
+        *_intervals(summary["intervals"]),
         *_detection(summary["detection"]),
         *_coverage(summary["risk_coverage"]),
         *_scans(summary["scan_level"]),
+        *_plausibility(summary["plausibility"]),
     ]
     if "comparison" in summary:
         parts += _comparison(summary["comparison"], settings["compare"])
@@ -88,6 +91,16 @@ def _clinical(indices: Mapping[str, Any], title: str) -> list[str]:
         for key, entry in indices.items()
     ]
     return [f"## {title}", _table(["", "r", "bias ± SD", "MAE", "n"], rows)] if rows else []
+
+
+def _intervals(indices: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, _number(entry["coverage"], 1, 100), _number(entry["mean_width"], 1), f"{entry['n']}"]
+        for name, entry in indices.items()
+    ]
+    note = "How often the 95 % interval from the Monte Carlo samples has the reference's value in it."
+    header = ["", "covered (%)", "mean width", "n"]
+    return ["## Intervals of the clinical indices", note, _table(header, rows)] if rows else []
 
 
 def _detection(detection: Mapping[str, Any]) -> list[str]:
@@ -181,7 +194,27 @@ def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
         f"{comparison['n_cases']} cases. {fell}",
         _table(header, rows),
         *_clinical(comparison["clinical"], "Clinical indices after, automatic - reference"),
+        *_plausibility(comparison["plausibility"]),
     ]
+
+
+def _plausibility(sides: Mapping[str, Any]) -> list[str]:
+    """Implausible volumes and slices, and slices by criterion, of two sets of masks side by side."""
+    results = list(sides.values())
+    rows = [
+        [label, *(f"{result[key]} of {result[total]}" for result in results)]
+        for label, key, total in (
+            ("implausible volumes", "implausible_cases", "n_cases"),
+            ("implausible slices", "implausible_slices", "n_slices"),
+        )
+    ]
+    rows += [
+        [text, *(str(result["criteria"][name]) for result in results)]
+        for name, text in CRITERIA.items()
+        if any(result["criteria"][name] for result in results)
+    ]
+    note = "Anatomical plausibility: slices in which a criterion is violated. See docs/cine.md for the criteria."
+    return [f"## Plausibility: {' and '.join(sides)}", note, _table(["", *sides], rows)]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,15 +12,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from cardiac_qc_plugin.metrics.plausibility import CRITERIA
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.workflows.files import write_text
 
+from .cine import describe_cine
 from .pictures import CONTOURS, FLAG_COLOR, MAP_COLORS, MAP_NAMES, MAP_TOP, regions_by_slice, write_pictures
 
 __all__ = ["write_report"]
 
 
-def write_report(output: Path, cases: Sequence[Mapping[str, Any]], failures: Sequence[tuple[str, str]] = ()) -> Path:
+def write_report(
+    output: Path,
+    cases: Sequence[Mapping[str, Any]],
+    failures: Sequence[tuple[str, str]] = (),
+    cines: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write ``<output>/report.html``: worklist (most urgent first), flagged slices of each case, settings.
 
     Draws each case's pictures first, see :func:`~cardiac_qc_plugin.reports.pictures.write_pictures`. Links are
@@ -30,6 +37,7 @@ def write_report(output: Path, cases: Sequence[Mapping[str, Any]], failures: Seq
         output: the cohort's folder, in which each case has a folder of its name.
         cases: content of ``qc.json`` of each case.
         failures: case and reason, for each case that could not be processed.
+        cines: content of ``cine.json`` of each heart with end-diastole and end-systole.
 
     Returns:
         The page.
@@ -49,6 +57,7 @@ def write_report(output: Path, cases: Sequence[Mapping[str, Any]], failures: Seq
     page = environment.get_template("report.html").render(
         cases=[_with_slices(output, qc) for qc in ordered],
         failures=failures,
+        cines=[_with_figure(output, cine) for cine in cines],
         settings=Counter(_settings(qc) for qc in ordered).most_common(),
         classes=list(CLASS_NAMES.values()),
         contours=CONTOURS,
@@ -74,7 +83,18 @@ def _with_slices(output: Path, qc: Mapping[str, Any]) -> dict[str, Any]:
         }
         for (index, regions), path in zip(flagged.items(), pictures, strict=True)
     ]
-    return {"qc": qc, "slices": slices}
+    violations = qc["segmentation"].get("plausibility", {}).get("violations", {})
+    implausible = "; ".join(
+        f"{CRITERIA[name]} (slice {', '.join(str(z + 1) for z in found)})" for name, found in violations.items()
+    )
+    return {"qc": qc, "slices": slices, "implausible": implausible}
+
+
+def _with_figure(output: Path, cine: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a heart: a sentence, and the volumes over time where there are more than two phases."""
+    figure = output / cine["case"] / "cine.png"
+    link = quote(figure.relative_to(output).as_posix()) if figure.is_file() else None
+    return {**cine, "text": describe_cine(cine), "link": link}
 
 
 def _settings(qc: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

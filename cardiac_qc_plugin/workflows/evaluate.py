@@ -24,6 +24,8 @@ from cardiac_qc_plugin.metrics.detection import (
     region_curve,
     slice_precision_recall,
 )
+from cardiac_qc_plugin.metrics.plausibility import CRITERIA as PLAUSIBILITY_CRITERIA
+from cardiac_qc_plugin.metrics.plausibility import Plausibility
 from cardiac_qc_plugin.metrics.segmentation import summarize
 from cardiac_qc_plugin.metrics.statistics import (
     mann_whitney_u,
@@ -33,6 +35,7 @@ from cardiac_qc_plugin.metrics.statistics import (
     wilcoxon_signed_rank,
 )
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
+from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
 from cardiac_qc_plugin.workflows.files import write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import (
     CRITERIA,
@@ -135,12 +138,15 @@ def _listed(roots: Sequence[str | Path]) -> str:
 
 def measure_patients(cases: Cases) -> dict[str, tuple[ClinicalIndices, ClinicalIndices]]:
     """Clinical indices, automatic and reference, of the patients with both phases."""
+    return {patient: measure_patient(ed, es) for patient, (ed, es) in _pairs(cases.values()).items()}
+
+
+def _pairs(cases: Iterable[Measurement]) -> dict[str, tuple[Measurement, Measurement]]:
+    """End-diastole and end-systole of the patients that have both."""
     phases: dict[str, dict[str, Measurement]] = {}
-    for case in cases.values():
+    for case in cases:
         phases.setdefault(case.patient, {})[case.phase] = case
-    return {
-        patient: measure_patient(own["ED"], own["ES"]) for patient, own in phases.items() if {"ED", "ES"} <= own.keys()
-    }
+    return {patient: (own["ED"], own["ES"]) for patient, own in phases.items() if {"ED", "ES"} <= own.keys()}
 
 
 def summarize_cases(cases: Iterable[Measurement], patients: Patients) -> dict[str, Any]:
@@ -159,9 +165,14 @@ def summarize_cases(cases: Iterable[Measurement], patients: Patients) -> dict[st
         "segmentation": segmentation,
         "mean_dice": {"mean": float(np.mean(six)) if six else np.nan, "cells": len(six)},
         "clinical": summarize_clinical(patients),
+        "intervals": summarize_intervals(cases),
         "detection": summarize_detection([case for case in cases if case.detection]),
         "risk_coverage": summarize_coverage(cases),
         "scan_level": summarize_scans(cases),
+        "plausibility": {
+            "segmentations": summarize_plausibility([case.plausibility for case in cases]),
+            "references": summarize_plausibility([case.reference_plausibility for case in cases]),
+        },
     }
 
 
@@ -181,6 +192,20 @@ def summarize_clinical(patients: Patients) -> dict[str, dict[str, float]]:
     return {
         field.name: asdict(agreement(automatic[:, i], reference[:, i]))
         for i, field in enumerate(fields(ClinicalIndices))
+    }
+
+
+def summarize_intervals(cases: Iterable[Measurement]) -> dict[str, dict[str, float]]:
+    """How often the 95 % interval of an index, from the samples, has the reference's value in it; its mean width."""
+    inside: dict[str, list[tuple[bool, float]]] = {}
+    for ed, es in _pairs(cases).values():
+        automatic = named_indices(ed.volume_ml, es.volume_ml, None)
+        reference = named_indices(ed.reference_volume_ml, es.reference_volume_ml, None)
+        for name, (low, high) in index_intervals(automatic, ed.sample_volume_ml, es.sample_volume_ml).items():
+            inside.setdefault(name, []).append((low <= reference[name] <= high, high - low))
+    return {
+        name: {"coverage": float(covered), "mean_width": float(width), "n": len(inside[name])}
+        for name, (covered, width) in ((name, np.mean(pairs, axis=0)) for name, pairs in inside.items())
     }
 
 
@@ -259,6 +284,18 @@ def summarize_scans(cases: Sequence[Measurement]) -> dict[str, dict[str, float]]
     return result
 
 
+def summarize_plausibility(results: Sequence[Plausibility]) -> dict[str, Any]:
+    """Volumes and slices that violate any criterion, and slices that violate each."""
+    return {
+        "n_cases": len(results),
+        "n_slices": sum(result.n_slices for result in results),
+        "implausible_cases": sum(result.count > 0 for result in results),
+        "implausible_slices": sum(len(result.implausible_slices) for result in results),
+        "violations": sum(result.count for result in results),
+        "criteria": {name: sum(len(r.violations.get(name, [])) for r in results) for name in PLAUSIBILITY_CRITERIA},
+    }
+
+
 def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
     """Before and after, paired, in the cases that are in both: differences and tests of every cell."""
     both = [case for case in before if case in after]
@@ -278,6 +315,10 @@ def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
         "hausdorff_cells": len(hausdorff),
         "clinical": summarize_clinical(patients),
         "clinical_tests": _clinical_tests(earlier, patients),
+        "plausibility": {
+            name: summarize_plausibility([side[case].plausibility for case in both])
+            for name, side in (("before", before), ("after", after))
+        },
     }
 
 

@@ -11,6 +11,7 @@ from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.calibration import RiskCoverage, voxel_risk_coverage
 from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, clinical_indices, structure_volumes
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
+from cardiac_qc_plugin.metrics.plausibility import Plausibility, plausibility
 from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_hausdorff
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.files import Volume, read_json, read_volume
@@ -40,6 +41,9 @@ class Measurement:
         detection: regions beside the failures in them, by failure criterion.
         coverage: risk-coverage curve by uncertainty map.
         scan_scores: scores of the scan as a whole, higher is more urgent; nan where undefined.
+        sample_volume_ml: volumes of the segmentation's Monte Carlo samples by structure.
+        plausibility: criteria that the segmentation violates.
+        reference_plausibility: those that the reference violates.
     """
 
     case: str
@@ -54,6 +58,9 @@ class Measurement:
     detection: dict[str, VolumeDetection]
     coverage: dict[str, RiskCoverage]
     scan_scores: dict[str, float]
+    sample_volume_ml: dict[str, list[float]]
+    plausibility: Plausibility
+    reference_plausibility: Plausibility
 
     @property
     def mean_dice(self) -> float:
@@ -73,6 +80,10 @@ class Measurement:
                 f"volume_ml_{name}": self.volume_ml[name],
                 f"reference_volume_ml_{name}": self.reference_volume_ml[name],
             }
+        row |= {
+            "implausible_slices": len(self.plausibility.implausible_slices),
+            "violations": self.plausibility.count,
+        }
         if criterion in self.detection:
             found = self.detection[criterion]
             row |= {
@@ -124,6 +135,9 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
         detection=detection,
         coverage={n: voxel_risk_coverage(segmentation.data, reference, values) for n, values in maps.items()},
         scan_scores=_scan_scores(qc, maps, segmentation.data),
+        sample_volume_ml=qc.get("segmentation", {}).get("sample_volume_ml", {}),
+        plausibility=plausibility(segmentation.data, segmentation.spacing),
+        reference_plausibility=plausibility(reference, segmentation.spacing),
     )
 
 

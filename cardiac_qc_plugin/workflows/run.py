@@ -4,12 +4,13 @@ import csv
 import hashlib
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from cardiac_qc_plugin import __version__
@@ -17,13 +18,18 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import structure_volumes
+from cardiac_qc_plugin.metrics.plausibility import plausibility
+from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.reports import write_report
 from cardiac_qc_plugin.reports.pictures import write_pictures
+from cardiac_qc_plugin.transforms.spatial import spacing_of
 
+from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines
 from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
 
 __all__ = ["CaseFailures", "run"]
 
+Predictors = tuple[BundlePredictor, BundlePredictor | None]  # that segment, and that find failures
 MapFiles = dict[str, tuple[str, type]]  # entry of a bundle's result: file, and type of its voxels
 SEGMENT_FILES: MapFiles = {
     "pred": ("segmentation.nii.gz", np.uint8),
@@ -69,13 +75,23 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
         write_like(image, volume.data, volume)
     result = bundle({"image": str(image)})
     write_maps(result, SEGMENT_FILES, folder, volume)
+    labels = np.asarray(result["pred"])[0]
+    checked = plausibility(labels, volume.spacing)
     return {
         "map": bundle.config["map"],
         "samples": bundle.config["samples"],
         "seed": bundle.config["seed"],
         **result["result"],
-        "volume_ml": structure_volumes(np.asarray(result["pred"])[0], volume.spacing),
+        "volume_ml": structure_volumes(labels, volume.spacing),
+        "sample_volume_ml": sample_volumes(bundle.inferer.sample_areas, spacing_of(result["image"])),
+        "plausibility": {"violations": checked.violations, "implausible_slices": checked.implausible_slices},
     }
+
+
+def sample_volumes(areas: torch.Tensor, spacing: tuple[float, float, float]) -> dict[str, list[float]]:
+    """Volume in ml of each structure in each sample, from the areas in pixels, (slices, samples, classes)."""
+    volumes = areas.sum(dim=0).numpy() * np.prod(spacing) / 1000
+    return {name: volumes[:, label].round(3).tolist() for label, name in CLASS_NAMES.items()}
 
 
 def detect(folder: Path, image: Path, volume: Volume, bundle: BundlePredictor) -> dict[str, Any]:
@@ -122,12 +138,16 @@ class CaseRecord:
         if self.path.is_file():
             self.qc |= read_json(self.path)
 
+    def done(self, name: str, digest: str) -> bool:
+        """Whether a stage's files are there, made with this digest."""
+        present = all((self.folder / file).is_file() for file, _ in STAGES[name].values())
+        return present and self.qc["stages"].get(name, {}).get("digest") == digest
+
     def stage(
-        self, name: str, digest: str, files: MapFiles, bundle: BundlePredictor, work: Callable[[], dict[str, Any]]
+        self, name: str, digest: str, bundle: BundlePredictor, work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """The stage's entry, from the file where the stage was done with the same digest, else from ``work``."""
-        present = all((self.folder / file).is_file() for file, _ in files.values())
-        if present and self.qc["stages"].get(name, {}).get("digest") == digest:
+        if self.done(name, digest):
             return self.qc[name]
         self.invalidate(name)
         start = time.perf_counter()
@@ -159,8 +179,11 @@ class CaseRecord:
         return self.qc
 
 
-def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: BundlePredictor | None) -> dict[str, Any]:
-    """The stages for one scan; one whose result is there is skipped. Returns the content of ``qc.json``."""
+def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predictors | None = None) -> dict[str, Any]:
+    """The stages for one scan; one whose result is there is skipped. Returns the content of ``qc.json``.
+
+    With ``accepted``, a result of these other predictors that is there will do.
+    """
     folder = output / scan.case
     record = CaseRecord(folder)
     try:
@@ -177,14 +200,20 @@ def run_case(scan: Scan, output: Path, segmenter: BundlePredictor, detector: Bun
         "spacing_mm": list(volume.spacing),
     }
     basics = {"case": scan.case, "input": source}
-    key = digest(__version__, source["sha256"], scan.frame, segmenter.digest)
+
+    def digests(of: Predictors) -> dict[str, str]:
+        key = digest(__version__, source["sha256"], scan.frame, of[0].digest)
+        return {"segmentation": key} | ({} if of[1] is None else {"detection": digest(key, of[1].digest)})
+
+    if accepted is not None and all(record.done(name, key) for name, key in digests(accepted).items()):
+        predictors = accepted
+    (segmenter, detector), keys = predictors, digests(predictors)
     segmentation = record.stage(
-        "segmentation", key, SEGMENT_FILES, segmenter, lambda: segment(scan, folder, image, volume, segmenter)
+        "segmentation", keys["segmentation"], segmenter, lambda: segment(scan, folder, image, volume, segmenter)
     )
     if detector is None:
         return record.complete(basics)
-    key = digest(key, detector.digest)
-    detection = record.stage("detection", key, DETECT_FILES, detector, lambda: detect(folder, image, volume, detector))
+    detection = record.stage("detection", keys["detection"], detector, lambda: detect(folder, image, volume, detector))
     qc = record.complete({**basics, "scores": scores(segmentation, detection)})
     write_pictures(folder)
     return qc
@@ -197,6 +226,7 @@ def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) 
     ]
     for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"]):
         detection, agreement = qc["detection"], qc["segmentation"]["pairwise_dice"]
+        checked = qc["segmentation"].get("plausibility", {})  # not in results of older versions
         rows.append(
             {
                 "rank": 0,
@@ -206,6 +236,7 @@ def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) 
                 "regions_flagged": len(detection["regions"]),
                 "slices_flagged": len(detection["flagged_slices"]),
                 "slices": qc["input"]["shape"][2],
+                "slices_implausible": len(checked["implausible_slices"]) if checked else None,
                 **{f"{name}_volume_ml": round(ml, 1) for name, ml in qc["segmentation"]["volume_ml"].items()},
                 **{f"{name}_pairwise_dice": None if v is None else round(v, 4) for name, v in agreement.items()},
             }
@@ -224,7 +255,7 @@ def write_worklist(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def each_scan(
-    scans: list[Scan], output: Path, segmenter: BundlePredictor, detector: BundlePredictor | None
+    scans: Sequence[Scan], output: Path, predictors: Predictors, accepted: Predictors | None = None
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Process scans one after another, with progress; returns the finished cases, and (case, reason) of the others."""
     cases, failures = [], []
@@ -235,9 +266,9 @@ def each_scan(
             def advance(share: float, index: int = index) -> None:
                 bar.update(index + share - bar.n)
 
-            segmenter.inferer.progress = advance
+            predictors[0].inferer.progress = advance
             try:
-                cases.append(run_case(scan, output, segmenter, detector))
+                cases.append(run_case(scan, output, predictors, accepted))
             except OutputError:  # no later case could be written either
                 raise
             except ValueError as error:
@@ -248,8 +279,42 @@ def each_scan(
     return cases, failures
 
 
+def preview_cines(
+    scans: Sequence[Scan], output: Path, predictors: Predictors, preview: Predictors, given: Given
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]], dict[str, str]]:
+    """All phases of cines by ``preview``, then their end-diastole and end-systole, and single scans, by ``predictors``.
+
+    Returns:
+        Finished cases, failures, and what the plan of each cine was made of.
+    """
+    phases = [scan for scan in scans if PHASE.fullmatch(scan.case)]
+    cases, failures = each_scan(phases, output, preview, accepted=predictors)
+    wanted = {scan.case for scan in scans} - {scan.case for scan in phases}
+    plans = {}
+    for cine in group_cines(cases, output, given):
+        plans[cine.name] = digest(preview[0].digest, given, *(qc["input"]["sha256"] for qc in cine.phases.values()))
+        chosen = plan_phases(cine, plans[cine.name])
+        wanted |= {cine.phases[phase]["case"] for phase in chosen if phase is not None}
+    again, broken = each_scan([scan for scan in scans if scan.case in wanted], output, predictors)
+    finished = {qc["case"]: qc for qc in cases if qc["case"] not in dict(broken)} | {qc["case"]: qc for qc in again}
+    return [finished[scan.case] for scan in scans if scan.case in finished], failures + broken, plans
+
+
+def comparable(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cases with an urgency that all of them have: with samples of some cases only, the failing regions."""
+    if len({"sample_disagreement" in qc["scores"] for qc in cases}) < 2:
+        return cases
+    return [{**qc, "scores": {**qc["scores"], "urgency": qc["scores"]["region_failure"]}} for qc in cases]
+
+
 def run(
-    scans: list[Scan], output: str | Path, segmenter: BundlePredictor, detector: BundlePredictor | None
+    scans: list[Scan],
+    output: str | Path,
+    segmenter: BundlePredictor,
+    detector: BundlePredictor | None,
+    failures: Sequence[tuple[str, str]] = (),
+    preview: Predictors | None = None,
+    given: Given = (None, None),
 ) -> list[dict[str, Any]]:
     """Segment scans, detect failures in them, and write the worklist and the report.
 
@@ -262,20 +327,36 @@ def run(
         segmenter: a segmentation bundle.
         detector: the failure bundle, for the segmenter's network and map; None to segment only, without worklist and
             report.
+        failures: (case, reason) of what was to be processed, and could not even be read in.
+        preview: bundles for the phases of cines other than end-diastole and end-systole: those with the e-map, say,
+            which costs one pass instead of many. They segment all phases first, to find the two.
+        given: phase numbers of end-diastole and end-systole of all cines, to be found where None.
 
     Returns:
         The content of each finished case's ``qc.json``, in the order of the scans.
 
     Raises:
         OSError: if the output folder cannot be written, or the disk is full.
+        ValueError: if a given phase does not exist.
         CaseFailures: at the end, if any case failed.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    cases, failures = each_scan(scans, output, segmenter, detector)
+    if preview is None:
+        cases, broken = each_scan(scans, output, (segmenter, detector))
+        plans = {}
+    else:
+        cases, broken, plans = preview_cines(scans, output, (segmenter, detector), preview, given)
+    failures = [*failures, *broken]
+    cines = group_cines(cases, output, given)
+    chosen = {
+        cine.name: plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine) for cine in cines
+    }
+    records = write_cines(cines, output, chosen)
     if detector is not None:
+        cases = comparable(cases)
         write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
-        write_report(output, cases, failures)
+        write_report(output, cases, failures, records)
     if failures:
         raise CaseFailures(failures, cases)
     return cases

@@ -471,3 +471,29 @@ def test_settings_that_do_not_work(run, settings, message):
     paths |= {key: root / settings.pop(key) for key in list(settings) if key in paths}
     with pytest.raises(ValueError, match=message):
         evaluate(**paths, output=root / "out", **settings)
+
+
+def test_plausibility_and_intervals(tmp_path):
+    """Spoiled masks violate more than their references; intervals that are wide enough cover, narrow ones do not."""
+    cases = write_patients(tmp_path, 2)
+    for number, case in enumerate(sorted(cases)):
+        record = tmp_path / "run" / case / "qc.json"
+        qc = json.loads(record.read_text())
+        reference = cases[case][1]
+        voxel = 1.5 * 1.5 * 8 / 1000
+        spread = 50.0 if number < 2 else 1e-6  # of the first patient, of the second
+        samples = {
+            name: [(reference == label).sum() * voxel + sign * spread for sign in (-1, 0, 1)]
+            for label, name in ((1, "RV"), (2, "LVM"), (3, "LV"))
+        }
+        record.write_text(json.dumps(qc | {"segmentation": {"sample_volume_ml": samples}}))
+    evaluate(tmp_path / "run", tmp_path / "acdc", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    mass = summary["intervals"]["lvm_mass_g"]
+    assert mass["n"] == 2 and mass["coverage"] == 0.5
+    segmentations, references = (summary["plausibility"][name] for name in ("segmentations", "references"))
+    # each has a blob of LVM far from the heart
+    assert segmentations["criteria"]["fragments_LVM"] == 4 and references["criteria"]["fragments_LVM"] == 0
+    assert segmentations["violations"] > references["violations"] and segmentations["n_slices"] == 16
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "## Plausibility: segmentations and references" in text and "## Intervals of the clinical indices" in text

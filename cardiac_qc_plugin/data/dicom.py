@@ -1,0 +1,546 @@
+"""Short-axis cines in a folder of DICOM files: found, sorted in space and time, and read as stacks of slices.
+
+Positions come from ImagePositionPatient alone, phases from the trigger time or, without it, the instance number; file
+names, SliceLocation and the order of files mean nothing. docs/inputs.md lists what each odd input gets.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import itk
+import numpy as np
+from pydicom import Dataset, config, dcmread
+from pydicom.pixels import pixel_array
+from pydicom.uid import (
+    EnhancedMRImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    MediaStorageDirectoryStorage,
+    MRImageStorage,
+)
+
+__all__ = ["Contents", "Plane", "Skipped", "Stack", "dicom_files", "find_stacks", "read_phase", "stack_digest"]
+
+# Base to apex in LPS (left, front, feet) of an average heart; the axis of patients differs from it by 10 to 30 degrees.
+LONG_AXIS = np.array([0.65, -0.55, -0.52])
+LONG_AXIS_TOLERANCE = 45.0  # degrees; long-axis views are 90 away, axial, coronal and sagittal ones 49 and more
+MIN_SLICES, MIN_PHASES = 4, 6  # fewer make neither a volume nor a cine
+SAME_POSITION = 0.5  # mm
+SPACING_TOLERANCE = 0.1  # of the distance between slices
+NO_CINE = re.compile(
+    r"(?<![a-z])(loc|localizer|localiser|scout|survey|haste|lge|psir|ir|t1|t2|t2star|molli|shmolli|map|perf|perfusion|"
+    r"flow|velocity|pc|phase contrast|tag|tagging|p|phase map)(?![a-z])",
+    re.IGNORECASE,
+)
+
+
+class UnusableError(ValueError):
+    """Why a file or a group of planes is no part of a short-axis cine."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One image plane: a single-frame file, or a frame of a multi-frame file.
+
+    Attributes:
+        file, index: the file, and the frame in it (from 0).
+        uid: SOPInstanceUID of the file; digests of file and folder stand in for UIDs that were removed.
+        study, series, frame_of_reference: their UIDs.
+        series_number, instance: SeriesNumber and InstanceNumber (of a multi-frame file: index of the frame in time).
+        text: SeriesDescription, ProtocolName and ImageType, in one.
+        position: center of the first pixel in mm, LPS.
+        orientation: unit vectors along a row and down a column, shape (2, 3), LPS.
+        spacing: mm between rows, and between columns.
+        shape: rows, columns.
+        time: ms after the R wave; None where the file does not say.
+        slope, intercept: from stored values to the scanner's.
+    """
+
+    file: Path
+    index: int
+    uid: str
+    study: str
+    series: str
+    frame_of_reference: str
+    series_number: int
+    instance: int | None
+    text: str
+    position: np.ndarray = field(compare=False)
+    orientation: np.ndarray = field(compare=False)
+    spacing: tuple[float, float]
+    shape: tuple[int, int]
+    time: float | None
+    slope: float
+    intercept: float
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A short-axis cine, base to apex.
+
+    Attributes:
+        phases: planes by phase and slice, in order; all phases have the same number of slices.
+        affine: (column, row, slice) index to RAS in mm, (4, 4).
+        spacing: mm between columns, rows and slices.
+        times: ms after the R wave of each phase, mean over slices; empty where the files do not say.
+        notes: what was not as it should be, and what was done about it.
+        subject: ``height_cm`` and ``weight_kg`` where the files have them.
+        names: PatientID, PatientName and folder, for callers that are asked to name cases by them.
+    """
+
+    phases: list[list[Plane]]
+    affine: np.ndarray
+    spacing: tuple[float, float, float]
+    times: list[float]
+    notes: list[str]
+    subject: dict[str, float] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def first(self) -> Plane:
+        return self.phases[0][0]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Images that were left out: a series, or part of one.
+
+    Attributes:
+        series: its number and description.
+        images: how many.
+        reason: why.
+        failed: whether it seems to be a short-axis cine that cannot be used, and not just something else.
+    """
+
+    series: str
+    images: int
+    reason: str
+    failed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.series} ({self.images} image{'s' * (self.images != 1)}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The short-axis cines of a folder, and what else is in it."""
+
+    stacks: list[Stack]
+    skipped: list[Skipped]
+
+
+def dicom_files(path: str | Path) -> list[Path]:
+    """DICOM files in a folder and below it, by their content and whatever their names; or the file itself."""
+    path = Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [f for f in files if not f.name.endswith((".nii", ".nii.gz")) and f.is_file() and _is_dicom(f)]
+
+
+def _is_dicom(file: Path) -> bool:
+    """With the preamble, or without it the first tag in group 2 or 8, as old files have it."""
+    with open(file, "rb") as stream:
+        start = stream.read(132)
+    return start[128:] == b"DICM" or (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00" != start[2:3])
+
+
+def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
+    """Short-axis cines among DICOM files.
+
+    Args:
+        files: from one or many studies.
+        series: SeriesNumbers to take, and no others, whatever their orientation, description and number of phases.
+
+    Returns:
+        Stacks by study and series number, and what was left out. No text has a patient's name in it.
+    """
+    planes, skipped, headers = _read_headers(files)
+    planes, repeated = _once(planes)
+    stacks = []
+    for group in _groups(planes):
+        label = _label(group[0])
+        try:
+            _check_chosen(group, series)
+        except UnusableError as error:
+            skipped.append(Skipped(label, len(group), str(error)))
+            continue
+        try:
+            stack = _arrange(group)
+        except UnusableError as error:
+            skipped.append(Skipped(label, len(group), str(error), failed=True))
+            continue
+        header = headers[stack.first.file]
+        notes = stack.notes
+        if repeated[label]:
+            notes = [*notes, f"{repeated[label]} image(s) were there more than once; one of each is used."]
+        stacks.append(replace(stack, notes=notes, subject=_subject(header), names=_names(header, stack.first.file)))
+    return Contents(stacks, _without_names(skipped, headers.values()))
+
+
+def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], dict[Path, Dataset]]:
+    """Planes of all files that have any; the others by series and reason; the headers."""
+    planes: list[Plane] = []
+    reasons: Counter[tuple[str, str]] = Counter()
+    headers: dict[Path, Dataset] = {}
+    with config.disable_value_validation():  # UIDs with leading zeros, invalid dates
+        for file in files:
+            label = f"file {file.name}"
+            try:
+                header = dcmread(file, stop_before_pixels=True, force=True)
+                headers[file] = header
+                if header.get("SOPClassUID") != MediaStorageDirectoryStorage:
+                    label = _label(header) if "SOPClassUID" in header else label
+                    planes += _planes(file, header)
+            except UnusableError as error:
+                reasons[label, str(error)] += 1
+            except Exception as error:  # pydicom's errors are of many kinds
+                reasons[label, f"cannot be read as DICOM ({type(error).__name__}: {error})"] += 1
+    return planes, [Skipped(label, count, reason) for (label, reason), count in reasons.items()], headers
+
+
+def _label(source: Plane | Dataset) -> str:
+    if isinstance(source, Plane):
+        number, text = source.series_number, source.text.split("|")[0]
+    else:
+        number, text = _integer(source.get("SeriesNumber")), str(source.get("SeriesDescription", ""))
+    return f"series {'?' if number in (None, -1) else number}" + (f" '{text}'" if text else "")
+
+
+def _integer(value: Any) -> int | None:
+    return None if value in (None, "") else int(value)
+
+
+def _planes(file: Path, header: Dataset) -> list[Plane]:
+    """The planes of a file, or why it has none."""
+    kind = header.get("SOPClassUID")
+    if kind not in (MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage):
+        name = getattr(kind, "name", None) or "no SOPClassUID"
+        raise UnusableError(f"not an MR image ({name})")
+    if header.get("SamplesPerPixel", 1) != 1:
+        raise UnusableError("a color picture, not an MR image")
+    if header.get("PhotometricInterpretation", "MONOCHROME2") != "MONOCHROME2":
+        raise UnusableError(f"PhotometricInterpretation is {header.PhotometricInterpretation}")
+    if kind == MRImageStorage:
+        if int(header.get("NumberOfFrames") or 1) > 1:
+            raise UnusableError("several frames in a single-frame MR image; convert to Enhanced MR")
+        return [_plane(file, 0, header, header, header, header, header, header)]
+    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    if len(frames) != int(header.get("NumberOfFrames") or 1):
+        raise UnusableError(f"{len(frames)} frames described, {header.get('NumberOfFrames')} in the file")
+
+    def group(frame: Dataset, name: str) -> Dataset:
+        return (frame.get(name) or shared.get(name) or [Dataset()])[0]
+
+    return [
+        _plane(
+            file,
+            index,
+            header,
+            group(frame, "PlanePositionSequence"),
+            group(frame, "PlaneOrientationSequence"),
+            group(frame, "PixelMeasuresSequence"),
+            group(frame, "CardiacSynchronizationSequence"),
+            group(frame, "PixelValueTransformationSequence"),
+            group(frame, "FrameContentSequence"),
+        )
+        for index, frame in enumerate(frames)
+    ]
+
+
+def _plane(
+    file: Path,
+    index: int,
+    header: Dataset,
+    position: Dataset,
+    orientation: Dataset,
+    measures: Dataset,
+    trigger: Dataset,
+    values: Dataset,
+    content: Dataset | None = None,
+) -> Plane:
+    """A plane, each of its attributes from where its kind of file has it."""
+    numbers = {}
+    for source, name, count in (
+        (position, "ImagePositionPatient", 3),
+        (orientation, "ImageOrientationPatient", 6),
+        (measures, "PixelSpacing", 2),
+    ):
+        value = source.get(name)
+        numbers[name] = np.array([float(v) for v in value] if value else [])
+        if numbers[name].size != count or not np.isfinite(numbers[name]).all():
+            raise UnusableError(f"no valid {name}, so its place in the patient is unknown")
+    axes = numbers["ImageOrientationPatient"].reshape(2, 3)
+    lengths = np.linalg.norm(axes, axis=1)
+    if np.any(abs(lengths - 1) > 0.01) or abs(axes[0] @ axes[1]) > 0.01:
+        raise UnusableError("ImageOrientationPatient is not two unit vectors at a right angle")
+    if np.any(numbers["PixelSpacing"] <= 0):
+        raise UnusableError(f"PixelSpacing is {numbers['PixelSpacing'].tolist()}")
+    time = trigger.get("TriggerTime", trigger.get("NominalCardiacTriggerDelayTime"))
+    instance = header.get("InstanceNumber") if content is None else content.get("TemporalPositionIndex", index)
+    folder, path = (f"none, {hashlib.sha256(str(p).encode()).hexdigest()[:16]}" for p in (file.parent, file))
+    text = "|".join(
+        str(header.get(name) or "").replace("|", " ") for name in ("SeriesDescription", "ProtocolName", "SequenceName")
+    )
+    return Plane(
+        file=file,
+        index=index,
+        uid=str(header.get("SOPInstanceUID") or path),
+        study=str(header.get("StudyInstanceUID") or folder),
+        series=str(header.get("SeriesInstanceUID") or f"{folder} {header.get('SeriesNumber')}"),
+        frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
+        series_number=-1 if (number := _integer(header.get("SeriesNumber"))) is None else number,
+        instance=_integer(instance),
+        text="|".join([text, " ".join(header.get("ImageType") or [])]),
+        position=numbers["ImagePositionPatient"],
+        orientation=axes / lengths[:, None],
+        spacing=tuple(numbers["PixelSpacing"].tolist()),
+        shape=(int(header.Rows), int(header.Columns)),
+        time=None if time in (None, "") else float(time),
+        slope=float(values.get("RescaleSlope") or 1),
+        intercept=float(values.get("RescaleIntercept") or 0),
+    )
+
+
+def _once(planes: list[Plane]) -> tuple[list[Plane], Counter[str]]:
+    """The planes without second copies of a file, and how many of these each series had."""
+    unique: dict[tuple[str, int], Plane] = {}
+    copies: Counter[str] = Counter()
+    for plane in planes:
+        if (plane.uid, plane.index) in unique:
+            copies[_label(plane)] += 1
+        unique.setdefault((plane.uid, plane.index), plane)
+    return list(unique.values()), copies
+
+
+def _groups(planes: list[Plane]) -> list[list[Plane]]:
+    """Planes that are parallel, equally large and of one study: a series, or several that have one slice each."""
+    groups: list[list[Plane]] = []
+    for plane in planes:
+        for group in groups:
+            if _alike(plane, group[0]) and plane.series == group[0].series:
+                group.append(plane)
+                break
+        else:
+            groups.append([plane])
+    merged: list[list[Plane]] = []
+    for group in groups:
+        partner = next((m for m in merged if _one_slice_each(group, m)), None)
+        if partner is None:
+            merged.append(group)
+        else:
+            partner += group
+    return sorted(merged, key=lambda group: (group[0].study, group[0].series_number, group[0].series))
+
+
+def _alike(a: Plane, b: Plane) -> bool:
+    return (
+        (a.study, a.shape) == (b.study, b.shape)  # not the frame of reference: some de-identifiers draw one per file
+        and np.allclose(a.spacing, b.spacing, rtol=1e-3)
+        and bool(np.all((a.orientation * b.orientation).sum(axis=1) > 0.9999))  # within 0.8 degrees
+        and bool(NO_CINE.search(a.text)) == bool(NO_CINE.search(b.text))
+    )
+
+
+def _one_slice_each(group: list[Plane], other: list[Plane]) -> bool:
+    """Whether a series of one slice belongs to the stack of another series, or of several, of one slice each."""
+    if not _alike(group[0], other[0]) or group[0].frame_of_reference != other[0].frame_of_reference:
+        return False
+    series = [group, *([p for p in other if p.series == uid] for uid in {plane.series for plane in other})]
+    return all(len(_positions(planes)) == 1 for planes in series)
+
+
+def _normal(plane: Plane) -> np.ndarray:
+    """Unit normal of the plane, toward the apex (LPS)."""
+    normal = np.cross(*plane.orientation)
+    return normal if normal @ LONG_AXIS >= 0 else -normal
+
+
+def _positions(group: list[Plane]) -> list[list[Plane]]:
+    """The planes of each slice, base to apex."""
+    normal = _normal(group[0])
+    slices: list[list[Plane]] = []
+    last = -np.inf
+    for offset, plane in sorted(((p.position @ normal, p) for p in group), key=lambda pair: pair[0]):
+        if offset - last > SAME_POSITION:
+            slices.append([])
+        slices[-1].append(plane)
+        last = offset
+    return slices
+
+
+def _check_chosen(group: list[Plane], series: Sequence[int]) -> None:
+    """Raise if the group is not asked for, or without being asked for is no short-axis cine."""
+    first = group[0]
+    if series:
+        if not {plane.series_number for plane in group} & set(series):
+            raise UnusableError("not among the series asked for")
+        return
+    if match := NO_CINE.search(first.text):
+        raise UnusableError(f"its description or image type says '{match[0]}', which is no cine")
+    angle = np.degrees(np.arccos(min(1.0, _normal(first) @ LONG_AXIS / np.linalg.norm(LONG_AXIS))))
+    if angle > LONG_AXIS_TOLERANCE:
+        raise UnusableError(f"not short-axis: its normal is {angle:.0f} degrees from the usual long axis of the heart")
+    slices = _positions(group)
+    if len(slices) < MIN_SLICES:
+        raise UnusableError(f"{len(slices)} slice(s), fewer than {MIN_SLICES}")
+    phases = Counter(map(len, slices)).most_common(1)[0][0]
+    if phases < MIN_PHASES:
+        raise UnusableError(f"{phases} image(s) for each slice, fewer than {MIN_PHASES} phases")
+
+
+def _arrange(group: list[Plane]) -> Stack:
+    """Sort planes into slices and phases, and work out the grid they lie on."""
+    notes: list[str] = []
+    columns = [_phases(planes, notes) for planes in _positions(group)]
+    count = max(Counter(map(len, columns)).items(), key=lambda item: (item[1], item[0]))[0]
+    short = [column for column in columns if 2 * len(column) < count]
+    if short:
+        notes.append(f"{len(short)} slice(s) with fewer than half of the {count} phases are left out.")
+        columns = [column for column in columns if 2 * len(column) >= count]
+    full = [[plane.time for plane in column] for column in columns if len(column) == count]
+    timed = all(plane.time is not None for column in columns for plane in column) and len({*sum(full, [])}) > 1
+    times = np.mean(full, axis=0).tolist() if timed else []
+    columns, step = _regular([_resampled(column, count, times, notes) for column in columns], notes)
+    first = columns[0][0]
+    axes = np.stack([*first.orientation, _normal(first)], axis=1)
+    spacing = (first.spacing[1], first.spacing[0], step)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes * spacing, first.position
+    phases = [list(planes) for planes in zip(*columns, strict=True)]
+    return Stack(phases, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, spacing, times, list(dict.fromkeys(notes)))
+
+
+def _phases(planes: list[Plane], notes: list[str]) -> list[Plane]:
+    """The planes of a slice in order of time; of several acquisitions the last one."""
+    if len(planes) == 1:
+        return planes
+    by_number = all(plane.instance is not None for plane in planes)
+    timed = all(plane.time is not None for plane in planes) and len({plane.time for plane in planes}) > 1
+    if not timed:
+        last = max((p.series_number, p.series) for p in planes)
+        chosen = [plane for plane in planes if (plane.series_number, plane.series) == last]
+        if not by_number or len({plane.instance for plane in chosen}) < len(chosen):
+            raise UnusableError("neither trigger times nor instance numbers tell its phases apart")
+        if len(chosen) < len(planes):
+            notes.append("A slice was acquired several times; the last series is used.")
+        return sorted(chosen, key=lambda plane: plane.instance)
+    # Acquisitions follow each other, so the trigger time falls where a new one starts.
+    ordered = sorted(planes, key=lambda p: (p.series_number, p.series, p.instance if by_number else 0, p.time))
+    runs: list[list[Plane]] = []
+    for plane in ordered:
+        if not runs or plane.series != runs[-1][-1].series or plane.time <= runs[-1][-1].time:
+            runs.append([])
+        runs[-1].append(plane)
+    if len(runs) > 1 and min(map(len, runs)) > 0.6 * max(map(len, runs)) and len(runs[-1]) >= MIN_PHASES:
+        notes.append("A slice was acquired several times; the last acquisition is used.")
+        return runs[-1]
+    latest = {plane.time: plane for plane in ordered}  # instance numbers say nothing about time here
+    if len(latest) < len(planes):
+        notes.append("Several images have the same position and trigger time; the one with the last number is used.")
+    return [latest[time] for time in sorted(latest)]
+
+
+def _resampled(column: list[Plane], count: int, times: list[float], notes: list[str]) -> list[Plane]:
+    """A slice with ``count`` phases: where it has another number, the nearest in time."""
+    if len(column) == count:
+        return column
+    notes.append(f"A slice has {len(column)} phases instead of {count}; the nearest in time are used.")
+    if times:
+        return [min(column, key=lambda plane: abs(plane.time - time)) for time in times]
+    return [column[index * len(column) // count] for index in range(count)]
+
+
+def _regular(columns: list[list[Plane]], notes: list[str]) -> tuple[list[list[Plane]], float]:
+    """Slices at equal distances, and that distance in mm; a single missing slice is its neighbor's copy."""
+    normal = _normal(columns[0][0])
+    positions = np.array([column[0].position for column in columns])
+    along = positions @ normal
+    drift = np.linalg.norm((positions - positions[0]) - np.outer(along - along[0], normal), axis=1).max()
+    if drift > max(columns[0][0].spacing):
+        raise UnusableError(f"its slices are shifted in plane against each other by up to {drift:.1f} mm")
+    gaps = np.diff(along)
+    if not gaps.size:
+        raise UnusableError("one slice only")
+    counts = np.round(gaps / gaps.min()).astype(int)
+    step = (along[-1] - along[0]) / counts.sum()
+    if np.abs(gaps - counts * step).max() > SPACING_TOLERANCE * step or counts.max() > 2:
+        listed = ", ".join(f"{gap:g}" for gap in sorted({round(float(gap), 1) for gap in gaps}))
+        raise UnusableError(f"its slices are {listed} mm apart, which no regular grid can hold")
+    filled = [columns[0]]
+    for column, n in zip(columns[1:], counts, strict=True):
+        if n == 2:
+            notes.append(f"Slice {len(filled) + 1} is missing: a copy of slice {len(filled)} stands in its place.")
+            filled.append(filled[-1])
+        filled.append(column)
+    return filled, float(step)
+
+
+def _subject(header: Dataset) -> dict[str, float]:
+    found = {
+        "height_cm": 100 * float(header.get("PatientSize") or 0),
+        "weight_kg": float(header.get("PatientWeight") or 0),
+    }
+    return {name: round(value, 1) for name, value in found.items() if value > 0}
+
+
+def _names(header: Dataset, file: Path) -> dict[str, str]:
+    names = {
+        "patient_id": header.get("PatientID"),
+        "patient_name": header.get("PatientName"),
+        "folder": file.parent.name,
+    }
+    return {key: re.sub(r"[^\w.-]+", "_", str(value or "")).strip("_.") for key, value in names.items()}
+
+
+def _without_names(skipped: list[Skipped], headers: Iterable[Dataset]) -> list[Skipped]:
+    """The same, with dots for every part of a patient's name that occurs in them."""
+    parts = {part for header in headers for part in re.findall(r"\w{3,}", str(header.get("PatientName") or ""))}
+    if not parts:
+        return skipped
+    name = re.compile("|".join(map(re.escape, sorted(parts, key=len, reverse=True))), re.IGNORECASE)
+    return [replace(s, series=name.sub("...", s.series), reason=name.sub("...", s.reason)) for s in skipped]
+
+
+def read_phase(planes: Sequence[Plane]) -> np.ndarray:
+    """The slices of a phase, (column, row, slice): the scanner's values, int16 where they are integers, else float32.
+
+    Raises:
+        ValueError: if an image cannot be decoded; the message has the file's name.
+    """
+    slices = np.stack([_pixels(plane).T for plane in planes], axis=-1)
+    whole = np.array_equal(slices, np.round(slices)) and slices.min() >= -(2**15) and slices.max() < 2**15
+    return slices.astype(np.int16 if whole else np.float32)
+
+
+def _pixels(plane: Plane) -> np.ndarray:
+    """A plane's values, (row, column): by pydicom or, where it lacks the decoder, by ITK, which has one of its own."""
+    try:
+        with config.disable_value_validation():
+            stored = pixel_array(plane.file, index=plane.index, raw=True)
+    except Exception as error:  # of many kinds, by transfer syntax and damage
+        if "decod" not in str(error).lower() and "plugin" not in str(error).lower():
+            raise ValueError(f"{plane.file.name}: its pixels cannot be read ({error}).") from error
+        return _pixels_by_itk(plane)
+    if stored.shape != plane.shape:
+        raise ValueError(f"{plane.file.name}: {stored.shape} pixels, but its header says {plane.shape}.")
+    return stored.astype(np.float64) * plane.slope + plane.intercept
+
+
+def _pixels_by_itk(plane: Plane) -> np.ndarray:
+    try:
+        image = itk.imread(str(plane.file), imageio=itk.GDCMImageIO.New())
+    except RuntimeError as error:
+        raise ValueError(f"{plane.file.name}: its pixels cannot be decoded.") from error
+    return itk.array_from_image(image)[plane.index].astype(np.float64)  # rescaled by ITK
+
+
+def stack_digest(stack: Stack) -> str:
+    """Digest of which images make up the stack: equal digests give equal images."""
+    parts = [
+        f"{p.uid} {p.index} {p.file.stat().st_size} {p.file.stat().st_mtime_ns}" for ps in stack.phases for p in ps
+    ]
+    return hashlib.sha256("\n".join([*parts, str(stack.affine.tolist())]).encode()).hexdigest()

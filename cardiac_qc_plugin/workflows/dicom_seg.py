@@ -1,0 +1,168 @@
+"""Results as DICOM Segmentation objects, which refer to the images that they were made from."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom import DataElement, Dataset, config, dcmread
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import MRImageStorage
+from pydicom.valuerep import DA, TM
+
+from cardiac_qc_plugin import __version__
+from cardiac_qc_plugin.data.dicom import dicom_files
+from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
+
+from .files import read_json, read_volume, write_file
+from .references import Outcome
+
+__all__ = ["write_dicom_seg"]
+
+MEANING = {
+    "RV": ("RV cavity", codes.SCT.AnatomicalStructure, codes.SCT.RightVentricle),
+    "LVM": ("LV myocardium", codes.SCT.AnatomicalStructure, Code("74281007", "SCT", "Myocardium")),
+    "LV": ("LV cavity", codes.SCT.AnatomicalStructure, codes.SCT.LeftVentricle),
+    "failure": (
+        "Expected segmentation failure",
+        Code("309825002", "SCT", "Spatial and Relational Concept"),
+        Code("failure", "99CQC", "Expected failure of automatic segmentation"),
+    ),
+}
+# may be empty, but not missing
+PATIENT_AND_STUDY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
+PATIENT_AND_STUDY += ("AccessionNumber", "ReferringPhysicianName")
+FILES = {"segmentation": tuple(CLASS_NAMES.values()), "failure_regions": ("failure",)}
+
+
+def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
+    """Write ``segmentation.dcm`` and ``failure_regions.dcm`` into the folder of every phase that came from DICOM.
+
+    Both are binary DICOM Segmentations on the planes of their source images, with a segment for each structure, or one
+    for the flagged regions. A file without any voxel to hold is not written. As every DICOM object they carry the
+    patient's identity from their source images. A slice that was missing, and is a neighbor's copy in the
+    results, is left out.
+
+    Args:
+        predictions: output folder of ``run`` on DICOM.
+        dicom: folder of the source images; they are found by their UIDs.
+
+    Returns:
+        What was written, and what could not be.
+
+    Raises:
+        ValueError: if highdicom is missing, or no result came from DICOM.
+        OSError: a file cannot be written.
+    """
+    try:
+        import highdicom  # noqa: F401 (an optional package)
+    except ImportError as error:
+        raise ValueError("DICOM Segmentations need highdicom: pip install 'cardiac-qc-plugin[dicom]'.") from error
+    records = sorted(Path(predictions).glob("*/dicom.json"))
+    if not records:
+        raise ValueError(f"{predictions}: no dicom.json in its folders. Give the output folder of 'run' on DICOM.")
+    sources = {}
+    with config.disable_value_validation(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The string .* person name")  # it has the patient's name in it
+        for file in dicom_files(dicom):
+            header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"], force=True)
+            sources[str(header.get("SOPInstanceUID"))] = file
+        written, failures = 0, {}
+        for record in records:
+            images = read_json(record)["images"]
+            folders = sorted(record.parent.glob("phase*")) or [record.parent]
+            for folder, planes in zip(folders, images, strict=True):
+                try:
+                    written += _write_phase(folder, planes, sources)
+                except ValueError as error:
+                    failures[folder.relative_to(predictions).as_posix()] = str(error)
+    lines = [f"{written} DICOM Segmentations in {predictions}."]
+    lines += [f"FAILED {case}: {message}" for case, message in failures.items()]
+    return Outcome("\n".join(lines), failures)
+
+
+def _write_phase(folder: Path, planes: Sequence[dict[str, Any]], sources: dict[str, Path]) -> int:
+    """The files of a phase; returns how many were written."""
+    uids = [plane["uid"] for plane in planes]
+    missing = [uid for uid in uids if uid not in sources]
+    if missing:
+        raise ValueError(f"{len(missing)} of its {len(uids)} source images are not in the DICOM folder.")
+    once = [z for z, uid in enumerate(uids) if uid not in uids[:z]]
+    images = [dcmread(sources[uids[z]]) for z in once]
+    if images[0].SOPClassUID != MRImageStorage:
+        raise ValueError("made from a multi-frame image, of which no DICOM Segmentation can be written yet.")
+    for image in images:
+        _complete(image, images[0])
+    written = 0
+    for name, segments in FILES.items():
+        path = folder / f"{name}.dcm"
+        path.unlink(missing_ok=True)
+        source = folder / f"{name}.nii.gz"
+        # (slice, row, column) from (column, row, slice)
+        labels = read_volume(source).data[..., once].T if source.is_file() else np.zeros(1)
+        if labels.any():
+            masks = np.stack([labels == n for n in CLASS_NAMES] if len(segments) > 1 else [labels > 0], axis=-1)
+            segmentation = _segmentation(images, masks.astype(np.uint8), segments)
+            write_file(path, segmentation.save_as)
+            written += 1
+    return written
+
+
+def _complete(image: Dataset, first: Dataset) -> None:
+    """Bring an image that a de-identifier has been at to what a Segmentation's source has to be, in memory."""
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        if not first.get(name):
+            raise ValueError(f"its source images have no {name}, to which a DICOM Segmentation has to refer.")
+    image.FrameOfReferenceUID = first.FrameOfReferenceUID  # one per file after some de-identifiers
+    for name in PATIENT_AND_STUDY:
+        if name not in image:
+            setattr(image, name, "")
+    for element in [e for e in image if e.VR in ("DA", "TM") and not _valid(e)]:
+        element.value = ""
+
+
+def _valid(element: DataElement) -> bool:
+    """Whether a date or time is one: de-identifiers write 20120000."""
+    try:
+        (DA if element.VR == "DA" else TM)(element.value)
+    except ValueError:
+        return False
+    return True
+
+
+def _segmentation(images: Sequence[Dataset], masks: np.ndarray, segments: Sequence[str]) -> Dataset:
+    """A DICOM Segmentation of masks (slice, row, column, segment), those without a pixel left out."""
+    import highdicom as hd
+
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="cardiac_qc_plugin", version=__version__, family=codes.DCM.ArtificialIntelligence
+    )
+    present = [index for index in range(len(segments)) if masks[..., index].any()]
+    descriptions = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=MEANING[segments[index]][0],
+            segmented_property_category=MEANING[segments[index]][1],
+            segmented_property_type=MEANING[segments[index]][2],
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for number, index in enumerate(present, start=1)
+    ]
+    return hd.seg.Segmentation(
+        source_images=images,
+        pixel_array=masks[..., present],
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=descriptions,
+        series_instance_uid=hd.UID(),
+        series_number=9000,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="cardiac_qc_plugin",
+        manufacturer_model_name="cardiac_qc_plugin",
+        software_versions=__version__,
+        device_serial_number="0",
+        series_description=" and ".join(segments) + " (research only)",
+    )

@@ -1,0 +1,164 @@
+"""From a folder of DICOM files to one NIfTI stack for each phase, the first stage of the pipeline."""
+
+import csv
+import hashlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+
+from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
+from cardiac_qc_plugin.data.inputs import Scan, find_scans
+
+from .files import OutputError, read_json, write_file, write_json, write_text
+
+__all__ = ["NAMES", "Inputs", "gather_scans", "import_dicom"]
+
+NAMES = ("study", "patient_id", "patient_name", "folder")
+
+
+@dataclass
+class Inputs:
+    """What a user's input comes to.
+
+    Attributes:
+        scans: what to process.
+        skipped: images that are no short-axis cine, with the reason.
+        failures: (case or series, reason) of what should have been processed, and cannot.
+    """
+
+    scans: list[Scan]
+    skipped: list[Skipped] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+def gather_scans(
+    path: str | Path,
+    output: str | Path,
+    root: str | Path | None = None,
+    fold: int | None = None,
+    series: tuple[int, ...] = (),
+    name_by: str = "study",
+) -> Inputs:
+    """The scans behind a path: NIfTI as :func:`~cardiac_qc_plugin.data.inputs.find_scans` has it, and DICOM.
+
+    Args:
+        path: a NIfTI file, a DICOM file, a folder of either or both, or a MONAI datalist.
+        output: the pipeline's output folder; what is in DICOM is written there as NIfTI.
+        root, fold: for a datalist.
+        series, name_by: see :func:`import_dicom`.
+
+    Raises:
+        ValueError: if nothing is there, or no file in it is a scan.
+    """
+    path = Path(path)
+    files = dicom_files(path) if path.is_dir() or (path.is_file() and path.suffix != ".json") else []
+    if not files:
+        return Inputs(find_scans(path, root, fold))
+    inputs = import_dicom(files, Path(output), series, name_by)
+    if path.is_dir():
+        try:
+            inputs.scans += find_scans(path)
+        except ValueError as error:
+            if "no NIfTI file" not in str(error):
+                raise
+    write_skipped(Path(output) / "skipped_series.csv", inputs.skipped)
+    if not inputs.scans and not inputs.failures:
+        listed = "".join(f"\n  {item}" for item in inputs.skipped)
+        raise ValueError(
+            f"{path}: no short-axis cine among its {len(files)} DICOM files.{listed}\n"
+            "If one of these is a short-axis stack, name it: --series NUMBER."
+        )
+    return inputs
+
+
+def import_dicom(files: list[Path], output: Path, series: tuple[int, ...] = (), name_by: str = "study") -> Inputs:
+    """Write every phase of every short-axis cine to ``<output>/<case>/phaseNN/image.nii.gz``.
+
+    ``<output>/<case>/dicom.json`` says which image became which slice, and what was odd. A cine that is there already,
+    from the same images, is left as it is. A stack with a single phase (asked for by ``series``) has no phase folder.
+
+    Args:
+        files: DICOM files.
+        output: the pipeline's output folder.
+        series: SeriesNumbers to take, instead of all short-axis cines.
+        name_by: what a case is named by: "study" (a digest of the StudyInstanceUID, which tells nothing of the
+            patient), "patient_id", "patient_name" or "folder"; the series number follows.
+    """
+    if name_by not in NAMES:
+        raise ValueError(f"--name_by is one of {', '.join(NAMES)}, got '{name_by}'.")
+    contents = find_stacks(files, series)
+    inputs = Inputs([], [item for item in contents.skipped if not item.failed])
+    inputs.failures = [(f"DICOM {item.series}", item.reason) for item in contents.skipped if item.failed]
+    taken: set[str] = set()
+    for stack in contents.stacks:
+        name = case_of(stack, name_by)
+        if name in taken:
+            name += f"_{_short(stack.first.series)}"
+        taken.add(name)
+        try:
+            inputs.scans += _write_stack(stack, name, output)
+        except OutputError:
+            raise
+        except ValueError as error:
+            inputs.failures.append((name, str(error)))
+    return inputs
+
+
+def case_of(stack: Stack, name_by: str) -> str:
+    """Name of a stack's case."""
+    number = stack.first.series_number
+    study = f"study_{_short(stack.first.study)}"
+    return f"{stack.names.get(name_by) or study}_series{'' if number < 0 else number}"
+
+
+def _short(uid: str) -> str:
+    return hashlib.sha256(uid.encode()).hexdigest()[:8]
+
+
+def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
+    """A stack's phases and its ``dicom.json``; nothing is written where they are there already."""
+    record, count = output / name / "dicom.json", len(stack.phases)
+    width = max(2, len(str(count - 1)))
+    cases = [name] if count == 1 else [f"{name}/phase{index:0{width}d}" for index in range(count)]
+    images = [output / case / "image.nii.gz" for case in cases]
+    digest = stack_digest(stack)
+    done = record.is_file() and read_json(record).get("digest") == digest and all(path.is_file() for path in images)
+    if not done:
+        record.unlink(missing_ok=True)
+        for planes, path in zip(stack.phases, images, strict=True):
+            image = nib.Nifti1Image(read_phase(planes), stack.affine)
+            image.header.set_xyzt_units("mm", "sec")
+            image.set_qform(stack.affine, code=1)
+            image.set_sform(stack.affine, code=1)
+            write_file(path, image.to_filename)
+        write_json(record, {"digest": digest, **_record(stack)})
+    return [Scan(case, path.resolve()) for case, path in zip(cases, images, strict=True)]
+
+
+def _record(stack: Stack) -> dict[str, Any]:
+    """What ``dicom.json`` says; UIDs link it to the source images, nothing in it names the patient."""
+    first = stack.first
+    return {
+        "study_uid": first.study,
+        "series_numbers": sorted({plane.series_number for planes in stack.phases for plane in planes}),
+        "notes": stack.notes,
+        "spacing_mm": list(stack.spacing),
+        "trigger_times_ms": [round(time, 1) for time in stack.times],
+        "subject": stack.subject,
+        "images": [[{"uid": plane.uid, "frame": plane.index} for plane in planes] for planes in stack.phases],
+    }
+
+
+def write_skipped(path: Path, skipped: list[Skipped]) -> None:
+    """Series that were left out, as CSV; no file if there are none."""
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["series", "images", "reason"])
+    writer.writerows([item.series, item.images, item.reason] for item in skipped)
+    write_text(path, stream.getvalue())

@@ -1,0 +1,77 @@
+"""ED and ES, jumps, body surface area and intervals, by hand."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cardiac_qc_plugin.metrics import body_surface_area, find_ed_es, sample_interval, volume_jumps
+
+BEAT = np.array([120.0, 112, 95, 75, 60, 55, 62, 78, 90, 97, 103, 115])
+
+
+def test_ed_and_es():
+    assert find_ed_es(BEAT) == (0, 5)
+    for shift in range(12):
+        assert find_ed_es(np.roll(BEAT, shift)) == (shift, (5 + shift) % 12)
+
+
+def test_of_nearly_equal_phases_the_one_with_like_neighbors():
+    volumes = [278, 270, 263, 248, 235, 225, 223, 226, 227, 241, 261, 268, 269, 278.1, 273, 274]
+    assert find_ed_es(volumes) == (0, 6)
+
+
+def test_a_beat_has_no_jump():
+    for shift in range(12):
+        assert volume_jumps(np.roll(BEAT, shift)) == []
+
+
+@pytest.mark.parametrize("phase", [0, 5, 8, 11])
+@pytest.mark.parametrize("value", [0.0, 150.0])
+def test_a_failed_phase_is_a_jump_and_neither_ed_nor_es(phase, value):
+    volumes = BEAT.copy()
+    volumes[phase] = value
+    assert volume_jumps(volumes) == [phase]
+    ed, es = find_ed_es(volumes)
+    others = np.delete(np.arange(12), phase)
+    assert ed == others[np.argmax(BEAT[others])] and es == others[np.argmin(BEAT[others])]
+
+
+def test_tolerance_is_a_share_of_the_largest_volume():
+    volumes = np.full(10, 100.0)
+    volumes[4] = 91
+    assert volume_jumps(volumes) == [] and volume_jumps(volumes, tolerance=0.08) == [4]
+
+
+@pytest.mark.parametrize("volumes", [[1, 2], [1, np.nan, 2], [[1, 2, 3]]])
+def test_volumes_that_are_no_cine(volumes):
+    with pytest.raises(ValueError, match="three or more finite numbers"):
+        volume_jumps(volumes)
+
+
+def test_no_lv():
+    with pytest.raises(ValueError, match="no phase has an LV"):
+        find_ed_es([0, 0, 0, 0])
+
+
+def test_body_surface_area():
+    assert body_surface_area(180, 80) == pytest.approx(2.0)  # sqrt(14400 / 3600)
+    with pytest.raises(ValueError, match="positive"):
+        body_surface_area(0, 80)
+
+
+def test_interval_is_students():
+    samples = np.array([40.0, 42, 41, 44, 43])
+    low, high = sample_interval(50, samples)
+    expected = stats.t.interval(0.95, 4, loc=50, scale=samples.std(ddof=1))
+    assert (low, high) == pytest.approx(expected)
+    assert np.isnan(sample_interval(50, [40])).all() and np.isnan(sample_interval(50, [40, np.nan])).all()
+
+
+def test_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        draws = rng.normal(60, 3, 11)
+        low, high = sample_interval(draws[0], draws[1:])
+        inside += low <= 60 <= high
+    assert inside / 2000 == pytest.approx(0.95, abs=0.015)

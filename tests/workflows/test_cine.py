@@ -1,0 +1,145 @@
+"""Cines from run to indices, against volumes counted by hand."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from test_run import bundles  # noqa: F401 (a fixture)
+
+from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.data.inputs import find_scans
+from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
+from cardiac_qc_plugin.reports.cine import describe_cine
+from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, write_cines
+from cardiac_qc_plugin.workflows.files import write_json
+from cardiac_qc_plugin.workflows.run import run
+
+LV = [120, 108, 90, 60, 64, 75, 92, 110]
+
+
+def case(name, lv, path="/nowhere/x.nii.gz", samples=None, flagged=()):
+    volumes = {"RV": 1.1 * lv, "LVM": 100.0, "LV": float(lv)}
+    entry = {"volume_ml": volumes, "map": "bmap"}
+    if samples:
+        entry["sample_volume_ml"] = samples
+    return {
+        "case": name,
+        "input": {"path": path},
+        "segmentation": entry,
+        "detection": {"flagged_slices": list(flagged)},
+    }
+
+
+def cine(folder, lv=LV, **more):
+    return [case(f"heart/phase{t:02d}", ml, **more) for t, ml in enumerate(lv)]
+
+
+def written(cases, tmp_path, given=(None, None)):
+    cines = group_cines(cases, tmp_path, given)
+    return write_cines(cines, tmp_path, {one.name: choose_phases(one) for one in cines})
+
+
+def test_indices_of_a_cine(tmp_path):
+    write_json(
+        tmp_path / "heart" / "dicom.json",
+        {
+            "subject": {"height_cm": 180.0, "weight_kg": 80.0},
+            "notes": ["Odd."],
+            "trigger_times_ms": [0, 50, 100, 150, 200],
+        },
+    )
+    (record,) = written(cine(tmp_path), tmp_path)
+    assert (record["ed_phase"], record["es_phase"], record["ed_es"]) == (0, 3, "found from the LV volume")
+    indices = record["indices"]
+    assert indices["lv_edv_ml"] == 120 and indices["lv_esv_ml"] == 60 and indices["lv_sv_ml"] == 60
+    assert indices["lv_ef_percent"] == 50 and indices["rv_ef_percent"] == 50
+    assert indices["lvm_mass_g"] == 105  # 1.05 g/ml
+    assert record["body_surface_area_m2"] == 2 and indices["lv_edv_ml_per_m2"] == 60
+    assert indices["lvm_mass_g_per_m2"] == 52.5 and "lv_ef_percent_per_m2" not in indices
+    assert record["notes"] == ["Odd."] and record["intervals"] == {} and record["jumps"] == []
+    assert record == json.loads((tmp_path / "heart" / "cine.json").read_text())
+    with open(tmp_path / "heart" / "volumes.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["LV_ml"]) for row in rows] == LV and rows[3]["trigger_time_ms"] == "150"
+    with open(tmp_path / "indices.csv") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["case"] == "heart" and float(row["lv_ef_percent"]) == 50
+    assert imread(tmp_path / "heart" / "cine.png").std() > 0
+
+
+def test_given_phases_are_respected(tmp_path):
+    (record,) = written(cine(tmp_path), tmp_path, given=(7, None))
+    assert (record["ed_phase"], record["es_phase"]) == (7, 3)
+    assert record["indices"]["lv_edv_ml"] == 110 and record["found"] == {"ed_phase": 0, "es_phase": 3}
+    with pytest.raises(ValueError, match="no phase 9 among its 8"):
+        written(cine(tmp_path), tmp_path, given=(9, None))
+
+
+def test_acdc_tells_phases_height_and_weight(tmp_path):
+    """Info.cfg counts frames from 1."""
+    (tmp_path / "Info.cfg").write_text("ED: 8\nES: 4\nGroup: RV\nHeight: 150.0\nNbFrame: 8\nWeight: 66.0\n")
+    (record,) = written(cine(tmp_path, path=str(tmp_path / "heart.nii.gz")), tmp_path)
+    assert (record["ed_phase"], record["es_phase"], record["ed_es"]) == (7, 3, "given")
+    assert record["body_surface_area_m2"] == pytest.approx(np.sqrt(150 * 66 / 3600), abs=1e-3)
+    pair = [case(f"heart_frame{f:02d}", ml, path=str(tmp_path / "x.nii.gz")) for f, ml in ((8, 110), (4, 60))]
+    (record,) = written(pair, tmp_path)
+    assert record["case"] == "heart" and record["indices"]["lv_edv_ml"] == 110
+
+
+def test_a_jump_is_flagged(tmp_path):
+    lv = [120, 118, 90, 60, 5, 75, 110]
+    (record,) = written(cine(tmp_path, lv), tmp_path)
+    assert {"phase": 4, "structure": "LV"} in record["jumps"] and record["es_phase"] == 3
+    assert "volume jumps at phase 4" in describe_cine(record)
+
+
+def test_intervals_come_from_pairs_of_samples(tmp_path):
+    """Samples that are all larger by the same share have different volumes and one EF."""
+    scale = [0.9, 1.0, 1.1]
+    cases = [
+        case(n, lv, samples={name: [lv * s for s in scale] for name in ("LV", "RV", "LVM")}, flagged=(0, 3))
+        for n, lv in (("heart_ed", 100), ("heart_es", 40))
+    ]
+    (record,) = written(cases, tmp_path)
+    low, high = record["intervals"]["lv_ef_percent"]
+    assert low == pytest.approx(60) and high == pytest.approx(60)
+    low, high = record["intervals"]["lv_edv_ml"]
+    assert (low, high) == pytest.approx((100 - 4.3027 * 10, 100 + 4.3027 * 10), abs=0.01)
+    assert describe_cine(record).startswith("LV EF 60 % (60-60), EDV 100 ml (57-143)")
+    assert "slices flagged: 2 at ED, 2 at ES" in describe_cine(record)
+    assert record["flagged_slices"] == {"ed": [1, 4], "es": [1, 4]}
+
+
+def test_no_lv_at_all(tmp_path):
+    (record,) = written(cine(tmp_path, [0, 0, 0, 0]), tmp_path)
+    assert record["ed_phase"] is None and record["indices"] == {} and "no indices" in describe_cine(record)
+
+
+def predictors(bundles, map, samples):  # noqa: F811
+    segmenter = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", map=map, samples=samples, amp=False)
+    failure = bundles / "cardiac_segmentation_failure"
+    return segmenter, BundlePredictor(failure, "cpu", map=map, segmentation_model="dn", amp=False)
+
+
+def test_samples_at_ed_and_es_only(bundles, tmp_path):  # noqa: F811
+    """The e-map on all phases, the b-map on two; a second run changes nothing."""
+    phantom = ShortAxisPhantom(seed=1, shape=(40, 40), n_slices=2, spacing=(4.0, 4.0, 20.0))
+    path = write_phantom(tmp_path / "in", "heart", phantom, cine_frames=4, with_labels=False)["4d"]
+    full, preview = predictors(bundles, "bmap", 3), predictors(bundles, "emap", 0)
+    cases = run(find_scans(path), tmp_path / "out", *full, preview=preview, given=(0, None))
+    record = json.loads((tmp_path / "out" / "heart_4d" / "cine.json").read_text())
+    sampled = [qc["case"][-2:] for qc in cases if qc["segmentation"]["map"] == "bmap"]
+    assert sampled == [f"{p:02d}" for p in sorted((0, record["es_phase"]))] and record["es_phase"] != 0
+    plan = json.loads((tmp_path / "out" / "heart_4d" / "plan.json").read_text())
+    assert [point["LV_ml"] for point in record["curve"]] == [round(v["LV"], 2) for v in plan["volume_ml"]]
+    assert {qc["scores"]["urgency"] == qc["scores"]["region_failure"] for qc in cases} == {True}
+    samples = cases[0]["segmentation"]["sample_volume_ml"]
+    assert [len(samples[name]) for name in ("RV", "LVM", "LV")] == [3, 3, 3]
+    assert "lv_edv_ml" in record["intervals"] or record["indices"]["lv_edv_ml"] == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.nii.gz")}
+    again = run(find_scans(path), tmp_path / "out", *full, preview=preview, given=(0, None))
+    assert again == cases and {path: path.stat().st_mtime_ns for path in files} == files
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "heart_4d/cine.png" in page and "LV EF" in page

@@ -1,0 +1,133 @@
+"""DICOM Segmentations, read back by highdicom and bit by bit from their own tags, against the NIfTI masks."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pydicom import config, dcmread
+
+from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
+from cardiac_qc_plugin.workflows.import_dicom import gather_scans
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from dicom_files import ROOT, SLICES, cine, enhanced, write  # noqa: E402
+
+hd = pytest.importorskip("highdicom")
+
+
+def run_on(folder, output):
+    """Masks at random on what was imported, as run would leave them; by case."""
+    rng = np.random.default_rng(0)
+    masks = {}
+    for scan in gather_scans(folder, output).scans:
+        image = nib.load(scan.path)
+        labels = rng.integers(0, 4, image.shape).astype(np.uint8)
+        regions = (rng.random(image.shape) > 0.7).astype(np.uint16) * 5
+        for name, array in (("segmentation", labels), ("failure_regions", regions)):
+            nib.save(nib.Nifti1Image(array, image.affine), scan.path.with_name(f"{name}.nii.gz"))
+        masks[scan.path.parent] = labels, regions
+    return masks
+
+
+def test_read_back_equal_to_the_nifti_masks(tmp_path):
+    write(tmp_path / "in", cine())
+    masks = run_on(tmp_path / "in", tmp_path / "out")
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.failures == {} and outcome.text.startswith("16 DICOM Segmentations")
+    for t, (folder, (labels, regions)) in enumerate(masks.items()):
+        segmentation = hd.seg.segread(folder / "segmentation.dcm")
+        uids = [f"{ROOT}1.{z + 1}.{t + 1}" for z in range(SLICES)]
+        read = segmentation.get_pixels_by_source_instance(uids, combine_segments=True)
+        np.testing.assert_array_equal(read.transpose(2, 1, 0), labels)  # (slice, row, column)
+        assert [segmentation.get_segment_description(n).segment_label for n in (1, 2, 3)] == [
+            "RV cavity", "LV myocardium", "LV cavity",
+        ]  # fmt: skip
+        failure = hd.seg.segread(folder / "failure_regions.dcm")
+        read = failure.get_pixels_by_source_instance(uids)[..., 0]
+        np.testing.assert_array_equal(read.transpose(2, 1, 0), regions > 0)
+
+
+def test_frames_lie_where_the_voxels_are(tmp_path):
+    """Without highdicom: each frame's own position and segment number, and the affine of the NIfTI file."""
+    write(tmp_path / "in", cine())
+    (folder, (labels, _)), *_ = run_on(tmp_path / "in", tmp_path / "out").items()
+    write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    ds, affine = dcmread(folder / "segmentation.dcm"), nib.load(folder / "image.nii.gz").affine
+    orientation = np.array(
+        ds.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient, float
+    ).reshape(2, 3)
+    down, across = map(float, ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing)
+    found = np.zeros_like(labels)
+    for frame, pixels in zip(ds.PerFrameFunctionalGroupsSequence, ds.pixel_array, strict=True):
+        number = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        corner = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
+        for row, column in np.argwhere(pixels):
+            lps = corner + column * across * orientation[0] + row * down * orientation[1]
+            index = np.linalg.solve(affine, [*(lps * (-1, -1, 1)), 1])[:3].round().astype(int)
+            found[tuple(index)] = number
+    np.testing.assert_array_equal(found, labels)
+
+
+def leading_zeros(z, t):
+    uids = {"StudyInstanceUID": "2.16.0124.1", "SeriesInstanceUID": "2.16.0124.2"}
+    dates = {"StudyDate": "20120000", "PatientBirthDate": "00000000", "PatientName": "Goldmann"}
+    return uids | dates | {"SOPInstanceUID": f"2.16.0124.00{z}.0{t}", "FrameOfReferenceUID": f"2.16.9.0{z}.{t}"}
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")
+def test_de_identified_images(tmp_path, capfd):
+    """Sunnybrook's kind: invalid UIDs and dates, a frame of reference per file, a name of one part."""
+    with config.disable_value_validation():
+        write(tmp_path / "in", cine(leading_zeros))
+    masks = run_on(tmp_path / "in", tmp_path / "out")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.failures == {}
+    said = outcome.text + "".join(map(str, caught)) + "".join(capfd.readouterr())
+    assert "Goldmann" not in said
+    folder, (labels, _) = list(masks.items())[3]
+    with config.disable_value_validation():
+        segmentation = hd.seg.segread(folder / "segmentation.dcm")
+        read = segmentation.get_pixels_by_source_instance(
+            [f"2.16.0124.00{z}.03" for z in range(SLICES)], combine_segments=True
+        )
+    np.testing.assert_array_equal(read.transpose(2, 1, 0), labels)
+
+
+def test_the_copy_of_a_missing_slice_is_left_out(tmp_path):
+    write(tmp_path / "in", cine(lambda z, t: None if z == 2 else {}))
+    masks = run_on(tmp_path / "in", tmp_path / "out")
+    assert write_dicom_seg(tmp_path / "out", tmp_path / "in").failures == {}
+    folder, (labels, _) = next(iter(masks.items()))
+    uids = [f"{ROOT}1.{z + 1}.1" for z in (0, 1, 3, 4)]
+    read = hd.seg.segread(folder / "segmentation.dcm").get_pixels_by_source_instance(uids, combine_segments=True)
+    np.testing.assert_array_equal(read.transpose(2, 1, 0), labels[..., [0, 1, 3, 4]])
+
+
+def test_an_empty_mask_is_not_written_and_an_old_file_removed(tmp_path):
+    write(tmp_path / "in", cine())
+    folder = next(iter(run_on(tmp_path / "in", tmp_path / "out")))
+    write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    image = nib.load(folder / "image.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), folder / "failure_regions.nii.gz")
+    write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert not (folder / "failure_regions.dcm").exists() and (folder / "segmentation.dcm").exists()
+
+
+def test_what_cannot_be_done_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"no dicom\.json"):
+        write_dicom_seg(tmp_path, tmp_path)
+    files = write(tmp_path / "in", cine())
+    run_on(tmp_path / "in", tmp_path / "out")
+    files[0].unlink()
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    ((case, message),) = outcome.failures.items()
+    assert case.endswith("phase00") and "1 of its 5 source images" in message
+    write(tmp_path / "multi", [enhanced([(z, t) for z in range(5) for t in range(6)])])
+    run_on(tmp_path / "multi", tmp_path / "out2")
+    outcome = write_dicom_seg(tmp_path / "out2", tmp_path / "multi")
+    assert len(outcome.failures) == 6 and "multi-frame" in outcome.text

@@ -1,0 +1,121 @@
+"""DICOM folders through the pipeline: files, names, what is left out, and no patient's name anywhere."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_run import bundles, command  # noqa: F401 (a fixture)
+
+from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
+from cardiac_qc_plugin.workflows.import_dicom import gather_scans
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from dicom_files import GAP, PHASES, ROOT, cine, position, set_pixels, value, write  # noqa: E402
+
+
+def test_phases_as_nifti(tmp_path):
+    write(tmp_path / "in", cine())
+    inputs = gather_scans(tmp_path / "in", tmp_path / "out")
+    assert len(inputs.scans) == PHASES and not inputs.failures and not inputs.skipped
+    (case,) = {scan.case.split("/")[0] for scan in inputs.scans}
+    for t, scan in enumerate(inputs.scans):
+        assert scan.case == f"{case}/phase{t:02d}" and scan.frame is None
+        image = nib.load(scan.path)
+        np.testing.assert_array_equal(np.asarray(image.dataobj), np.stack([value(z, t).T for z in range(5)], axis=-1))
+        np.testing.assert_allclose(image.affine[:3, 3], position(0) * (-1, -1, 1), atol=1e-3)
+        np.testing.assert_allclose(image.get_qform(), image.get_sform(), atol=1e-4)
+        np.testing.assert_allclose(image.header.get_zooms(), (1.25, 1.5, GAP), atol=1e-4)
+    record = json.loads((tmp_path / "out" / case / "dicom.json").read_text())
+    assert record["images"][3][2]["uid"] == f"{ROOT}1.3.4"
+    assert record["subject"] == {"height_cm": 165.0, "weight_kg": 60.0}
+
+
+def test_a_second_run_writes_nothing_and_another_image_does(tmp_path):
+    images = cine()
+    files = write(tmp_path / "in", images)
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    before = [scan.path.stat().st_mtime_ns for scan in scans]
+    again = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert again == scans and [scan.path.stat().st_mtime_ns for scan in scans] == before
+    set_pixels(images[0], value(0, 0) + 5)
+    images[0].save_as(files[0], enforce_file_format=True)
+    gather_scans(tmp_path / "in", tmp_path / "out")
+    np.testing.assert_array_equal(np.asarray(nib.load(scans[0].path).dataobj)[..., 0], value(0, 0).T + 5)
+
+
+def test_names_of_cases(tmp_path):
+    write(tmp_path / "Emilia G", cine())
+    for name_by, start in (("patient_id", "MRN4711"), ("patient_name", "Goldmann_Emilia"), ("folder", "Emilia_G")):
+        inputs = gather_scans(tmp_path / "Emilia G", tmp_path / name_by, name_by=name_by)
+        assert inputs.scans[0].case == f"{start}_series7/phase00"
+    assert gather_scans(tmp_path / "Emilia G", tmp_path / "study").scans[0].case.startswith("study_")
+    with pytest.raises(ValueError, match="--name_by is one of"):
+        gather_scans(tmp_path / "Emilia G", tmp_path / "out", name_by="birthday")
+
+
+def test_beside_nifti_files(tmp_path):
+    write(tmp_path / "in" / "dicom", cine())
+    phantom = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
+    write_phantom(tmp_path / "in", "heart", phantom, phases={"ed": 0.0}, with_labels=False)
+    cases = [scan.case for scan in gather_scans(tmp_path / "in", tmp_path / "in" / "out").scans]
+    assert len(cases) == PHASES + 1 and cases[-1] == "heart_ed"
+    again = [scan.case for scan in gather_scans(tmp_path / "in", tmp_path / "in" / "out").scans]
+    assert again == cases  # the output lies in the input, and is not taken for scans
+
+
+def test_no_short_axis(tmp_path):
+    write(tmp_path / "in", cine(slices=2))
+    with pytest.raises(ValueError, match=r"no short-axis cine among its 16 DICOM files(.|\n)*series 7 'cine SAX' \(16"):
+        gather_scans(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "skipped_series.csv").read_text().count("\n") == 2
+    (scan,) = gather_scans(tmp_path / "in", tmp_path / "out", series=(7,)).scans[:1]
+    assert scan.case.endswith("/phase00")
+
+
+def test_one_phase_that_is_asked_for(tmp_path):
+    write(tmp_path / "in", cine(phases=1))
+    (scan,) = gather_scans(tmp_path / "in", tmp_path / "out", series=(7,)).scans
+    assert "/" not in scan.case and nib.load(scan.path).shape == (5, 6, 5)
+
+
+def test_a_cine_that_cannot_be_read_is_a_failure(tmp_path):
+    files = write(tmp_path / "in", cine())
+    files[3].write_bytes(files[3].read_bytes()[:-20])
+    inputs = gather_scans(tmp_path / "in", tmp_path / "out")
+    assert not inputs.scans
+    ((case, reason),) = inputs.failures
+    assert case.startswith("study_") and "IM0003" in reason
+    assert not list((tmp_path / "out").glob("*/dicom.json"))
+
+
+def test_run_command(bundles, tmp_path):  # noqa: F811
+    """One command from DICOM to report; the patient's name is in the files read, and in none written."""
+    phantom, _ = ShortAxisPhantom(seed=1, shape=(64, 72), n_slices=5, spacing=(2.5, 2.5, 8.0)).cine(6)
+    images = cine(phases=6)
+    for ds in images:
+        z, t = divmod(ds.InstanceNumber - 1, PHASES)
+        set_pixels(ds, phantom[..., z, t].T.astype(np.int16))
+        ds.PixelSpacing = [2.5, 2.5]
+        ds.SeriesDescription = "SAX Goldmann"
+
+    def other(z, t):
+        uids = {"SeriesInstanceUID": f"{ROOT}9", "SOPInstanceUID": f"{ROOT}9.{z}.{t}"}
+        return uids | {"SeriesNumber": 9, "ImagePositionPatient": (position(z) + z * z).tolist()}
+
+    broken = cine(other)
+    write(tmp_path / "in" / "Goldmann", images)
+    write(tmp_path / "in" / "broken", broken)
+    settings = ("--model", "dn", "--samples", 2, "--device", "cpu", "--bundle_dir", bundles)
+    done = command("run", "--input", tmp_path / "in", "--output", tmp_path / "out", *settings)
+    assert done.returncode == 1 and "6 scan(s)" in done.stdout, done.stderr
+    assert "1 case(s) could not be processed" in done.stderr and "series 9" in done.stderr
+    texts = [done.stdout, done.stderr]
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            texts += [str(path), (gzip.decompress(content) if path.suffix == ".gz" else content).decode("latin-1")]
+    assert not [text for text in texts if "goldmann" in text.lower() or "MRN4711" in text]
