@@ -94,7 +94,7 @@ class CardiacQC(InferTask):
         self, scan: Scan, output: Path, segmenter: BundlePredictor, detector: BundlePredictor
     ) -> tuple[str, dict[str, Any]]:
         """Path of a copy of the mask, which the server removes when it is sent, and what goes with it as JSON."""
-        qc = run_case(scan, output, segmenter, detector)
+        qc = run_case(scan, output, (segmenter, detector))
         segmentation, detection = qc["segmentation"], qc["detection"]
         report = {
             "label_names": self.labels,
