@@ -14,6 +14,11 @@ if ! "$VENV/bin/python" -c "import torchvision.utils" 2> /dev/null; then
     folder=$("$VENV/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision
     mkdir -p "$folder"
     touch "$folder/__init__.py"
-    printf 'def make_grid(*_, **__):\n    raise ImportError("torchvision is not installed.")\n\n\nsave_image = make_grid\n' \
-        > "$folder/utils.py"
+    cat > "$folder/utils.py" << 'END'
+def make_grid(*_, **__):
+    raise ImportError("torchvision is not installed.")
+
+
+save_image = make_grid
+END
 fi

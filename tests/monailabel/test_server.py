@@ -257,7 +257,7 @@ def test_app_refuses_what_it_cannot_do(scans, tmp_path):
         assert "torn.nii.gz" in message and "\n" not in message
         assert "bmap or emap, got 'tmap'" in server.infer("cardiac_qc", "clear_ed", 422, map="tmap")
         assert "needs 2 samples" in server.infer("cardiac_qc", "clear_ed", 422, samples=1)
-        assert "no detector" in server.infer("cardiac_qc", "clear_ed", 422, segmentation_model="unet")
+        assert "model.pt: no such file" in server.infer("cardiac_qc", "clear_ed", 422, segmentation_model="unet")
         assert "cardiac_unet_segmentation" in server.infer("cardiac_unet_segmentation", "clear_ed", 404)
         assert "No image 'nothing'" in server.infer("cardiac_qc", "nothing", 404)
         scored = server.call("POST", "/scoring/qc?run_sync=true", json=SAMPLES).json()
