@@ -6,9 +6,9 @@ VENV=${VENV:-.venv-monailabel}
 if [ ! -x "$VENV/bin/python" ]; then
     "${PYTHON:-python3}" -m venv "$VENV"
 fi
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements-monailabel.txt -e .
-# without sam2, which would build against PyTorch's CUDA packages
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps monailabel==0.8.5
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements-monailabel.txt
+# without sam2, which would build against PyTorch's CUDA packages, and without pydicom 3, which MONAI Label cannot import
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps monailabel==0.8.5 -e .
 if ! "$VENV/bin/python" -c "import torchvision.utils" 2> /dev/null; then
     # MONAI Label imports these two at its start, for pictures that only its DeepEdit training draws
     folder=$("$VENV/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision

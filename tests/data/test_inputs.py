@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from cardiac_qc_plugin.data.folds import hold_out
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
-from cardiac_qc_plugin.data.folds import hold_out
 from cardiac_qc_plugin.data.predictions import with_predictions
 
 TINY = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
