@@ -55,8 +55,11 @@ verify_net_in_out(**common, device="cpu", n=1, p=1, any=1, bundle_root=bundle)
 ckpt_export(
     **common, filepath=f"{scratch}/model.ts", ckpt_file=f"{bundle}/models/model.pt", key_in_ckpt="", bundle_root=bundle
 )
-for kind, name, settings in (("infer", "inference", inference), ("train", "train", training)):
-    workflow = ConfigWorkflow(config_file=files[name], workflow_type=kind, bundle_root=bundle, **settings)
+evaluate = [files["train"], f"{bundle}/configs/evaluate.yaml"]
+scored = {**training, "output_dir": f"{scratch}/scores", "validate#inferer#amp": False}
+runs = (("infer", files["inference"], inference), ("train", files["train"], training), ("train", evaluate, scored))
+for kind, config_file, settings in runs:
+    workflow = ConfigWorkflow(config_file=config_file, workflow_type=kind, bundle_root=bundle, **settings)
     workflow.initialize()
     assert workflow.check_properties() == [], workflow.check_properties()
     workflow.run()
@@ -177,6 +180,7 @@ def test_exported_bundle_stands_alone(bundle, exported, scans, tmp_path):
     arguments = (exported[bundle], tmp_path, json.dumps(inference), json.dumps(training))
     without_plugin(tmp_path, "-c", ZOO_CHECKS, *arguments, path=[exported[bundle]])
     assert (tmp_path / "model.ts").is_file()
+    assert "val_" in (tmp_path / "scores" / "metrics.csv").read_text()
     load_weights(new_network(bundle), tmp_path / "trained" / "model.pt")
 
     run(
