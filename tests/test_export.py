@@ -254,7 +254,7 @@ def test_overlay_is_rewritten_with_its_comments(bundle_dir, tmp_path):
         names = set(archive.namelist())
         required = json.loads(archive.read(f"{DN}/configs/metadata.json"))["required_packages_version"]
     assert text == overlay.replace("cardiac_qc_plugin.", "scripts.")
-    assert {f"{DN}/scripts/{name}.py" for name in ("metrics/statistics", "data/predictions", "losses")} <= names
+    assert {f"{DN}/scripts/{name}.py" for name in ("metrics/statistics", "data/folds", "losses")} <= names
     assert f"{DN}/scripts/metrics/detection.py" not in names
     assert "PyYAML" in required
 
