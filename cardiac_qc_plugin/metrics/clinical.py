@@ -171,7 +171,8 @@ def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, li
 def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     """End-diastole and end-systole: the phases with the largest and the smallest LV volume, jumps left aside.
 
-    Of phases within 1 % of the largest volume of each other, the one whose neighbors are the most extreme too is taken.
+    Of phases whose volumes are within 1 % of the largest, end-diastole is the last before end-systole, when contraction
+    begins, and end-systole the one whose neighbors are the smallest too.
 
     Args:
         lv_volumes: shape (phases,), ml; at least 3.
@@ -190,12 +191,10 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     smooth = (np.roll(repaired, 1) + 2 * repaired + np.roll(repaired, -1)) / 4
     trusted = np.setdiff1d(np.arange(volumes.size), jumps)
 
-    def extreme(sign: int) -> int:
-        behind = sign * (volumes[trusted] - sign * (sign * volumes[trusted]).max())
-        close = trusted[behind >= -0.01 * repaired.max()]
-        return int(close[np.argmax(sign * smooth[close])])
-
-    return extreme(1), extreme(-1)
+    smallest = trusted[volumes[trusted] <= volumes[trusted].min() + 0.01 * repaired.max()]
+    largest = trusted[volumes[trusted] >= volumes[trusted].max() - 0.01 * repaired.max()]
+    es = int(smallest[np.argmin(smooth[smallest])])
+    return int(largest[np.argmin((es - largest) % volumes.size)]), es
 
 
 def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:

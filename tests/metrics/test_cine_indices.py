@@ -15,7 +15,8 @@ def test_ed_and_es():
         assert find_ed_es(np.roll(BEAT, shift)) == (shift, (5 + shift) % 12)
 
 
-def test_of_nearly_equal_phases_the_one_with_like_neighbors():
+def test_of_nearly_equal_phases_the_last_before_contraction():
+    assert find_ed_es([72.6, 73.8, 73.7, 68.9, 63.6, 58.6, 51.9, 44.1, 40.6, 40.0, 38.8, 47.9]) == (2, 10)
     volumes = [278, 270, 263, 248, 235, 225, 223, 226, 227, 241, 261, 268, 269, 278.1, 273, 274]
     assert find_ed_es(volumes) == (0, 6)
 
