@@ -98,8 +98,7 @@ def test_files_are_those_that_the_zoo_asks_for(folder):
             assert text.endswith("\n") and not text.endswith("\n\n"), path
             assert not re.search(r"[ \t]+$", text, re.MULTILINE) and "\r" not in text, path
     for path in (folder / "configs").glob("*.json"):
-        if path.name != "acdc_folds.json":  # as `pipeline.py datalist` writes it
-            assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=4, ensure_ascii=False) + "\n"
+        assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=4, ensure_ascii=False) + "\n"
     readme = (folder / "docs" / "README.md").read_text()
     sections = "Authors|Tags|Model Description|Data|Performance|System Configuration|Limitations|Citation|References"
     for section in sections.split("|"):
