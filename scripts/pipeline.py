@@ -405,8 +405,8 @@ def reproduce(
     """
     from pathlib import Path
 
-    from cardiac_qc_plugin.workflows.grid import Settings
-    from cardiac_qc_plugin.workflows.reproduce import reproduce as reproduce_workflow
+    from cardiac_qc_plugin.workflows.reproduction import Settings
+    from cardiac_qc_plugin.workflows.reproduction import reproduce as reproduce_workflow
 
     settings = Settings(
         data=Path(data).resolve(),

@@ -263,10 +263,7 @@ def pooled_average_precision(volumes: Sequence[VolumeDetection]) -> float:
         ValueError: if there are no volumes.
     """
     _check_volumes(volumes)
-    failing = np.concatenate([v.slice_failing for v in volumes])
-    if not failing.any():
-        return float("nan")
-    return float(average_precision_score(failing, np.concatenate([v.slice_probability for v in volumes])))
+    return _average_precision([v.slice_failing for v in volumes], [v.slice_probability for v in volumes])
 
 
 def region_average_precision(volumes: Sequence[VolumeDetection]) -> float:
@@ -282,10 +279,7 @@ def region_average_precision(volumes: Sequence[VolumeDetection]) -> float:
         ValueError: if there are no volumes.
     """
     _check_volumes(volumes)
-    failing = np.concatenate([v.failure_voxels for v in volumes]) > 0
-    if not failing.any():
-        return float("nan")
-    return float(average_precision_score(failing, np.concatenate([v.probability for v in volumes])))
+    return _average_precision([v.failure_voxels > 0 for v in volumes], [v.probability for v in volumes])
 
 
 def failing_slice_percentage(volumes: Sequence[VolumeDetection]) -> float:
@@ -402,6 +396,12 @@ def aurc(failure_score: ArrayLike, risk: ArrayLike) -> float:
     tied_mean = np.bincount(rank, weights=risk) / sizes
     selective_risk = tied_mean.repeat(sizes).cumsum() / np.arange(1, risk.size + 1)
     return float(selective_risk.mean())
+
+
+def _average_precision(failing: Sequence[np.ndarray], score: Sequence[np.ndarray]) -> float:
+    """Over all of them together; nan if nothing fails."""
+    failing = np.concatenate(failing)
+    return float(average_precision_score(failing, np.concatenate(score))) if failing.any() else float("nan")
 
 
 def _sum_positive(score: np.ndarray, weight: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -20,14 +20,14 @@ from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
-from cardiac_qc_plugin.workflows import ablations
-from cardiac_qc_plugin.workflows import grid as grid_module
-from cardiac_qc_plugin.workflows.ablations import cluster_shares, tolerance_shares
 from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_json
-from cardiac_qc_plugin.workflows.grid import Grid, Settings
-from cardiac_qc_plugin.workflows.reproduce import reproduce
-from cardiac_qc_plugin.workflows.stages import Budget, BudgetSpent, Stage, carry_out
-from cardiac_qc_plugin.workflows.training import read_losses
+from cardiac_qc_plugin.workflows.reproduction import ablations
+from cardiac_qc_plugin.workflows.reproduction import grid as grid_module
+from cardiac_qc_plugin.workflows.reproduction.ablations import cluster_shares, tolerance_shares
+from cardiac_qc_plugin.workflows.reproduction.grid import Grid, Settings
+from cardiac_qc_plugin.workflows.reproduction.reproduce import reproduce
+from cardiac_qc_plugin.workflows.reproduction.stages import Budget, BudgetSpent, Stage, carry_out
+from cardiac_qc_plugin.workflows.reproduction.training import read_losses
 
 ROOT = Path(__file__).parents[2]
 RUN = "drn_ce/fold{}/bmap"
@@ -116,7 +116,7 @@ def test_tables_agree_with_the_files(settings, grid):
     for fold in (0, 1):
         items = [item for item in settings.items if item["fold"] == fold]
         folder = output / RUN.format(fold) / "in_sample" / "detected"
-        assert {p.name for p in folder.iterdir() if p.is_dir()} == {Path(i["image"]).name[:-7] for i in items}
+        assert {p.parent.name for p in folder.glob("*/qc.json")} == {Path(i["image"]).name[:-7] for i in items}
         for item in items:
             label = read_volume(reference / item["label"])
             found = read_volume(folder / Path(item["image"]).name[:-7] / "segmentation.nii.gz").data
@@ -159,7 +159,7 @@ def test_the_page_and_the_figures(settings, grid):
 def test_the_detector_learns_from_its_networks_own_patients(settings, grid):
     for fold in (0, 1):
         training = settings.output / RUN.format(fold) / "training"
-        patients = {path.name[:10] for path in training.iterdir()}
+        patients = {path.parent.name[:10] for path in training.glob("*/qc.json")}
         assert patients == {item["meta"]["patient"] for item in settings.items if item["fold"] != fold}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cardiac_qc_plugin import __version__
 
-from .files import OutputError, file_sha256, read_json, write_json
+from ..files import OutputError, file_sha256, read_json, write_json
 
 __all__ = ["Budget", "BudgetSpent", "Progress", "Stage", "carry_out"]
 

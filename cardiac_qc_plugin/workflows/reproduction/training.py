@@ -12,7 +12,7 @@ from monai.handlers import TensorBoardStatsHandler, from_engine
 
 from cardiac_qc_plugin.bundle import root_cause
 
-from .files import write_text
+from ..files import write_text
 from .stages import Budget, BudgetSpent
 
 __all__ = ["LossCurve", "config_files", "read_losses", "train"]

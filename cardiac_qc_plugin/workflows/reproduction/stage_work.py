@@ -9,11 +9,11 @@ from typing import Any
 from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan
 
-from .correct import correct
-from .evaluate import evaluate
-from .files import read_json
-from .references import Outcome
-from .run import digest, run
+from ..correct import correct
+from ..evaluate import evaluate
+from ..files import read_json
+from ..references import Outcome
+from ..run import digest, run
 from .stages import Budget, BudgetSpent, Stage
 from .training import train
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from .files import read_json, write_json
+from ..files import read_json, write_json
 
 if sys.platform == "linux":
     import resource

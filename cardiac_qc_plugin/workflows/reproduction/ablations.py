@@ -10,8 +10,8 @@ from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failures_by_class
 
-from .files import write_rows
-from .references import References, each_case, read_labels, read_reference
+from ..files import write_rows
+from ..references import References, each_case, read_labels, read_reference
 from .stages import Budget, Stage
 
 __all__ = ["CLUSTERS", "REGION_SIZES", "SAMPLES", "TOLERANCES", "sweep_labels"]

@@ -14,9 +14,9 @@ from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.reports.paper_tables import Experiment
 
+from ..files import read_json
+from ..run import DETECT_FILES, digest
 from .ablations import CLUSTERS, REGION_SIZES, SAMPLES, TOLERANCES, sweep_labels
-from .files import read_json
-from .run import DETECT_FILES, digest
 from .stage_work import (
     correct_regions,
     detect_failures,

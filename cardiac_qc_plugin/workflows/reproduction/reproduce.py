@@ -5,9 +5,9 @@ from typing import Any
 
 from cardiac_qc_plugin.reports.reproduction import write_reproduction
 
+from ..references import Outcome
 from .grid import Grid, Settings
 from .plan import describe
-from .references import Outcome
 from .stages import Budget, Progress, carry_out
 from .training import read_losses
 
