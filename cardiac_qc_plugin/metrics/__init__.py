@@ -10,6 +10,7 @@ from cardiac_qc_plugin.metrics.clinical import (
     find_ed_es,
     indices_of_volumes,
     sample_interval,
+    slice_levels,
     structure_volumes,
     volume_jumps,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "region_average_precision",
     "region_curve",
     "sample_interval",
+    "slice_levels",
     "slice_precision_recall",
     "structure_volumes",
     "summarize",

@@ -197,6 +197,29 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     return int(largest[np.argmin((es - largest) % volumes.size)]), es
 
 
+def slice_levels(labels: np.ndarray) -> list[str]:
+    """Third of the left ventricle that each slice of a stack shows: ``"basal"``, ``"mid"`` or ``"apical"``.
+
+    Slices beyond the left ventricle count to the third next to them. The base is the end at which the left ventricle
+    with its myocardium is larger, so the slices may be in either order.
+
+    Args:
+        labels: shape (H, W, D), slices last: 2 LVM, 3 LV.
+
+    Returns:
+        One name for each slice; none if there is no left ventricle.
+    """
+    area = np.isin(labels, (2, 3)).sum(axis=(0, 1))
+    inside = np.flatnonzero(area)
+    if not inside.size:
+        return []
+    first, count = inside[0], inside[-1] - inside[0] + 1
+    third = np.clip((np.arange(area.size) - first) * 3 // count, 0, 2)
+    if area[third == 0].mean() < area[third == 2].mean():
+        third = 2 - third
+    return [("basal", "mid", "apical")[level] for level in third]
+
+
 def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """Interval around an index from the same index of Monte Carlo samples.
 

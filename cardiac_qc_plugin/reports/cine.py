@@ -38,7 +38,7 @@ def draw_volumes(record: Mapping[str, Any]) -> Figure:
 
 
 def describe_cine(record: Mapping[str, Any]) -> str:
-    """The indices in a sentence: "LV EF 41 % (38-45), EDV 198 ml ...; 3 slices flagged at ED, 4 at ES"."""
+    """The indices in a sentence: "LV EF 41 % (38-45), EDV 198 ml ...; slices flagged: 3 at ED (2 basal, 1 apical)"."""
     if not record["indices"]:
         return "no LV found, so no indices"
     parts = []
@@ -54,9 +54,11 @@ def describe_cine(record: Mapping[str, Any]) -> str:
         parts.append(f"{label} {text}" + (f" ({interval[0]:.0f}-{interval[1]:.0f})" if interval else ""))
     text = ", ".join(parts)
     if record["flagged_slices"]:
-        text += "; slices flagged: " + ", ".join(
-            f"{len(slices)} at {phase.upper()}" for phase, slices in record["flagged_slices"].items()
-        )
+        counts = []
+        for phase, slices in record["flagged_slices"].items():
+            levels = ", ".join(f"{n} {level}" for level, n in record["flagged_levels"].get(phase, {}).items())
+            counts.append(f"{len(slices)} at {phase.upper()}" + (f" ({levels})" if levels else ""))
+        text += "; slices flagged: " + ", ".join(counts)
     if record["jumps"]:
         text += "; volume jumps at phase " + ", ".join(str(p) for p in sorted({j["phase"] for j in record["jumps"]}))
     return text

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -189,22 +190,22 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
         "curve": curve,
     }
     if None in chosen:
-        return record | {"indices": {}, "intervals": {}, "flagged_slices": {}}
+        return record | {"indices": {}, "intervals": {}, "flagged_slices": {}, "flagged_levels": {}}
     ed, es = (cine.phases[phase] for phase in chosen)
     area = body_surface_area(**subject) if len(subject) == 2 else None
     indices = named_indices(ed["segmentation"]["volume_ml"], es["segmentation"]["volume_ml"], area)
-    flagged = {
-        phase: [z + 1 for z in qc["detection"]["flagged_slices"]]
-        for phase, qc in (("ed", ed), ("es", es))
-        if "detection" in qc
-    }
+    flagged = {phase: qc["detection"]["flagged_slices"] for phase, qc in (("ed", ed), ("es", es)) if "detection" in qc}
+    level = {phase: qc["segmentation"].get("slice_level") for phase, qc in (("ed", ed), ("es", es))}
     return record | {
         "body_surface_area_m2": None if area is None else round(area, 3),
         "indices": {name: None if np.isnan(value) else round(value, 2) for name, value in indices.items()},
         "intervals": index_intervals(
             indices, *(phase["segmentation"].get("sample_volume_ml", {}) for phase in (ed, es)), area
         ),
-        "flagged_slices": flagged,
+        "flagged_slices": {phase: [z + 1 for z in slices] for phase, slices in flagged.items()},
+        "flagged_levels": {
+            phase: dict(Counter(level[phase][z] for z in slices)) for phase, slices in flagged.items() if level[phase]
+        },
     }
 
 

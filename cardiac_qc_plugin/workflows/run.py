@@ -17,7 +17,7 @@ from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES
-from cardiac_qc_plugin.metrics.clinical import structure_volumes
+from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
 from cardiac_qc_plugin.metrics.plausibility import plausibility
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.reports import write_report
@@ -83,6 +83,7 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
         "seed": bundle.config["seed"],
         **result["result"],
         "volume_ml": structure_volumes(labels, volume.spacing),
+        "slice_level": slice_levels(labels),
         "sample_volume_ml": sample_volumes(bundle.inferer.sample_areas, spacing_of(result["image"])),
         "plausibility": {"violations": checked.violations, "implausible_slices": checked.implausible_slices},
     }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cardiac_qc_plugin.metrics import body_surface_area, find_ed_es, sample_interval, volume_jumps
+from cardiac_qc_plugin.metrics import body_surface_area, find_ed_es, sample_interval, slice_levels, volume_jumps
 
 BEAT = np.array([120.0, 112, 95, 75, 60, 55, 62, 78, 90, 97, 103, 115])
 
@@ -76,3 +76,17 @@ def test_interval_covers_as_often_as_it_says():
         low, high = sample_interval(draws[0], draws[1:])
         inside += low <= 60 <= high
     assert inside / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_slices_beyond_the_heart_count_to_the_third_beside_them(flipped):
+    labels = np.zeros((8, 8, 9), dtype=np.uint8)
+    for z, size in zip(range(1, 8), (7, 7, 6, 5, 4, 3, 2), strict=True):
+        labels[:size, :size, z] = 3
+        labels[0, 0, z] = 2
+    labels[..., 0] = 1  # an RV above the base
+    expected = ["basal"] * 4 + ["mid"] * 2 + ["apical"] * 3
+    if flipped:  # the slices from the apex to the base: thirds of 7 slices are 3, 2, 2 from the first
+        labels, expected = labels[..., ::-1], ["apical"] * 4 + ["mid"] * 2 + ["basal"] * 3
+    assert slice_levels(labels) == expected
+    assert slice_levels(np.zeros((4, 4, 3))) == []

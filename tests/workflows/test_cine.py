@@ -109,7 +109,15 @@ def test_intervals_come_from_pairs_of_samples(tmp_path):
     assert (low, high) == pytest.approx((100 - 4.3027 * 10, 100 + 4.3027 * 10), abs=0.01)
     assert describe_cine(record).startswith("LV EF 60 % (60-60), EDV 100 ml (57-143)")
     assert "slices flagged: 2 at ED, 2 at ES" in describe_cine(record)
-    assert record["flagged_slices"] == {"ed": [1, 4], "es": [1, 4]}
+    assert record["flagged_slices"] == {"ed": [1, 4], "es": [1, 4]} and record["flagged_levels"] == {}
+
+
+def test_flagged_slices_are_named_by_their_third(tmp_path):
+    cases = [case("heart_ed", 100, flagged=(0, 1, 3)), case("heart_es", 40)]
+    cases[0]["segmentation"]["slice_level"] = ["basal", "basal", "mid", "apical"]
+    (record,) = written(cases, tmp_path)
+    assert record["flagged_levels"] == {"ed": {"basal": 2, "apical": 1}}
+    assert "slices flagged: 3 at ED (2 basal, 1 apical), 0 at ES" in describe_cine(record)
 
 
 def test_no_lv_at_all(tmp_path):
