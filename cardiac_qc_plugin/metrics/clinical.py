@@ -215,7 +215,7 @@ def slice_levels(labels: np.ndarray) -> list[str]:
         return []
     first, count = inside[0], inside[-1] - inside[0] + 1
     third = np.clip((np.arange(area.size) - first) * 3 // count, 0, 2)
-    if area[third == 0].mean() < area[third == 2].mean():
+    if np.average(np.arange(area.size), weights=area) > first + (count - 1) / 2:
         third = 2 - third
     return [("basal", "mid", "apical")[level] for level in third]
 
