@@ -37,7 +37,8 @@ def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[d
         for path in (item.get("image"), item.get("label")):
             if path is None or not Path(path).is_file():
                 raise ValueError(
-                    f"{path}: no such file, but {datalist} lists it. Give the data set's folder with --dataset_dir."
+                    f"{path}: no such file, but {datalist} lists it. "
+                    "Check the data set's folder (--dataset_dir, or --root)."
                 )
     return others, left_out
 
