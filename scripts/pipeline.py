@@ -303,7 +303,7 @@ def auto3dseg(
         output: AutoRunner's work folder; what is done is skipped when the command is run again.
         algos: bayesdn, bayesdrn, bayesunet, or several of them with commas; all by default.
         num_fold: train the first folds only, so many; all by default.
-        input: scans to segment with the ensemble, as for run; results go to ensemble/ in the output folder.
+        input: scans to segment with the ensemble, as for run but not DICOM; results go to ensemble/ in output.
         bundle_dir: folder of the bundles, instead of the repository's.
         settings: any other option is an entry of the bundles' configs: --iterations 4000 --learning_rate 0.0005.
     """
