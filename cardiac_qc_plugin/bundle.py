@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def root_cause(error: BaseException) -> BaseException:
 class BundlePredictor:
     """Runs the parts of a bundle's ``configs/inference.json`` on one case after another, without writing files.
 
-    The bundle alone says how to preprocess, infer and postprocess; transforms that save files are left out.
+    The bundle alone says how to preprocess, infer and postprocess; transforms that save files are left out. Threads may
+    share it: the network works on one case at a time, while other cases are pre- and postprocessed.
 
     Args:
         folder: the bundle.
@@ -88,6 +90,7 @@ class BundlePredictor:
         self.network = self._get("network").eval()
         self.preprocessing = self._get("preprocessing")
         self.inferer = self._get("inferer")
+        self.network_free = threading.Lock()
         steps = self._get("postprocessing").transforms
         self.postprocessing = Compose([step for step in steps if not isinstance(step, SaveImage | SaveImaged)])
 
@@ -104,7 +107,9 @@ class BundlePredictor:
             case: what the bundle's preprocessing reads, ``{"image": path}`` at least.
 
         Returns:
-            The dictionary after postprocessing: maps ``(1, H, W, D)`` on the scan's own grid, and ``"result"``.
+            The dictionary after postprocessing: maps ``(1, H, W, D)`` on the scan's own grid, and ``"result"``; with
+            ``"sample_areas"`` where the inferer has them, see
+            :class:`~cardiac_qc_plugin.inferers.MCDropoutSliceInferer`.
 
         Raises:
             ValueError: if preprocessing refuses the case; the message is the transform's own.
@@ -113,7 +118,10 @@ class BundlePredictor:
             data = self.preprocessing(case)
         except RuntimeError as error:
             raise ValueError(str(root_cause(error))) from error
-        data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
+        with self.network_free:
+            data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
+            if hasattr(self.inferer, "sample_areas"):
+                data["sample_areas"] = self.inferer.sample_areas
         with torch.no_grad():
             return self.postprocessing(data)
 

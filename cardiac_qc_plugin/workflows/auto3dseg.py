@@ -148,8 +148,8 @@ class EnsembleSegmenter:
             self.inferer.progress(len(preds) / len(self.members))
         maps = ensemble_maps(preds)
         labels = torch.stack([AsDiscrete(argmax=True, to_onehot=len(pred))(pred) for pred in preds])
-        self.inferer.sample_areas = labels.sum(dim=(2, 3)).permute(2, 0, 1)  # a member stands for a sample
-        votes = {**maps, "image": preds[0], "votes": labels.mean(dim=0)}
+        areas = labels.sum(dim=(2, 3)).permute(2, 0, 1)  # a member stands for a sample
+        votes = {**maps, "image": preds[0], "votes": labels.mean(dim=0), "sample_areas": areas}
         data = PairwiseDiced("votes", len(preds), self.class_names)(votes)
         data["result"]["members"] = list(self.members)
         first = next(iter(self.members.values()))

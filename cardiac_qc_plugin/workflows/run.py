@@ -3,8 +3,11 @@
 import csv
 import hashlib
 import io
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,7 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
         **result["result"],
         "volume_ml": structure_volumes(labels, volume.spacing),
         "slice_level": slice_levels(labels),
-        "sample_volume_ml": sample_volumes(bundle.inferer.sample_areas, spacing_of(result["image"])),
+        "sample_volume_ml": sample_volumes(result["sample_areas"], spacing_of(result["image"])),
         "plausibility": {"violations": checked.violations, "implausible_slices": checked.implausible_slices},
     }
 
@@ -258,26 +261,49 @@ def write_worklist(path: Path, rows: list[dict[str, Any]]) -> None:
 def each_scan(
     scans: Sequence[Scan], output: Path, predictors: Predictors, accepted: Predictors | None = None
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Process scans one after another, with progress; returns the finished cases, and (case, reason) of the others."""
+    """Process scans, with progress; returns the finished cases, and (case, reason) of the others, in their order.
+
+    Two scans are under way at a time: one is read, or its results are written, while the network works on the other.
+    """
     cases, failures = [], []
+    pool, stopped = ThreadPoolExecutor(2, "scan"), threading.Event()
     with tqdm(total=len(scans), unit="scan", bar_format="{l_bar}{bar}| {n:.1f}/{total} {elapsed}<{remaining}") as bar:
-        for index, scan in enumerate(scans):
-            bar.set_description(scan.case)
 
-            def advance(share: float, index: int = index) -> None:
-                bar.update(index + share - bar.n)
+        def advance(share: float) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+            done = len(cases) + len(failures)
+            bar.update(max(done + share - bar.n, 0))
 
-            predictors[0].inferer.progress = advance
-            try:
-                cases.append(run_case(scan, output, predictors, accepted))
-            except OutputError:  # no later case could be written either
-                raise
-            except ValueError as error:
-                failures.append((scan.case, str(error)))
-            except Exception as error:  # a case that breaks in an unforeseen way must not stop the cohort
-                failures.append((scan.case, f"{type(error).__name__}: {error}"))
-            advance(1.0)
+        predictors[0].inferer.progress = advance
+        try:
+            for scan, work in in_order(pool, scans, lambda scan: run_case(scan, output, predictors, accepted)):
+                bar.set_description(scan.case)
+                try:
+                    cases.append(work.result())
+                except OutputError:  # no later case could be written either
+                    raise
+                except ValueError as error:
+                    failures.append((scan.case, str(error)))
+                except Exception as error:  # a case that breaks in an unforeseen way must not stop the cohort
+                    failures.append((scan.case, f"{type(error).__name__}: {error}"))
+                advance(0.0)
+        finally:  # after an interruption, a case under way ends at the network's next pass
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
     return cases, failures
+
+
+def in_order(
+    pool: ThreadPoolExecutor, scans: Iterable[Scan], work: Callable[[Scan], dict[str, Any]]
+) -> Iterator[tuple[Scan, Future[dict[str, Any]]]]:
+    """Each scan with its work under way, in the order of the scans; the next scan is given to the pool before that."""
+    waiting: deque[tuple[Scan, Future[dict[str, Any]]]] = deque()
+    for scan in scans:
+        waiting.append((scan, pool.submit(work, scan)))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def preview_cines(

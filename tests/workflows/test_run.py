@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +18,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.checkpoints import save_weights
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
+from cardiac_qc_plugin.inferers import MCDropoutSliceInferer
 from cardiac_qc_plugin.networks import DilatedCNN, DilatedResNet22, FailureResNet
 from cardiac_qc_plugin.workflows import files
 from cardiac_qc_plugin.workflows.run import CaseFailures, run, scores
@@ -341,3 +343,46 @@ def test_command_line_datalist(tmp_path):
     assert len(json.loads((tmp_path / "folds.json").read_text())["training"]) == 16
     scans = find_scans(tmp_path / "folds.json", root=tmp_path / "acdc")
     assert len(scans) == 16 and all(scan.path.is_file() for scan in scans)
+
+
+@pytest.fixture
+def three_scans(tmp_path):
+    """Three phantom scans of unequal size, so that the second is ready before the first."""
+    for seed, side in enumerate((128, 64, 96)):
+        phantom = ShortAxisPhantom(seed=seed, shape=(side, side), n_slices=2, spacing=(1.4, 1.4, 30.0))
+        write_phantom(tmp_path / "scans", f"heart{seed}", phantom, phases={"ed": 0.0}, with_labels=False)
+    return find_scans(tmp_path / "scans")
+
+
+def test_scans_under_way_together_give_what_each_gives_alone(three_scans, predictors, tmp_path, monkeypatch):
+    busy, infer = threading.Lock(), MCDropoutSliceInferer.__call__
+
+    def by_itself(*args, **kwargs):
+        assert busy.acquire(blocking=False), "two scans in the network at once"
+        try:
+            return infer(*args, **kwargs)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(MCDropoutSliceInferer, "__call__", by_itself)
+    together = run(three_scans, tmp_path / "together", *predictors)
+    assert [qc["case"] for qc in together] == [scan.case for scan in three_scans]
+    for scan, qc in zip(three_scans, together, strict=True):
+        (alone,) = run([scan], tmp_path / "alone", *predictors)
+        for entry in ("segmentation", "detection", "scores"):
+            assert alone[entry] == qc[entry]
+        for name in FILES:
+            a, b = (nib.load(tmp_path / way / scan.case / f"{name}.nii.gz") for way in ("alone", "together"))
+            np.testing.assert_array_equal(a.dataobj, b.dataobj)
+
+
+def test_an_error_of_the_disk_stops_the_scan_under_way(three_scans, predictors, tmp_path, monkeypatch):
+    def full(*args):
+        raise files.OutputError(28, "No space left on device")
+
+    monkeypatch.setattr("cardiac_qc_plugin.workflows.run.write_maps", full)
+    before = threading.active_count()
+    with pytest.raises(files.OutputError, match="No space left"):
+        run(three_scans, tmp_path / "out", *predictors)
+    assert threading.active_count() == before  # nothing goes on in the background
+    assert not (tmp_path / "out" / three_scans[2].case).exists()
