@@ -85,7 +85,7 @@ def voxel_risk_coverage(
 
 def _cumulative_by_uncertainty(wrong: np.ndarray, uncertainty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Voxels, and wrong voxels, at or below each distinct uncertainty, ascending; both start with 0."""
-    distinct, rank = np.unique(uncertainty.ravel(), return_inverse=True)
-    per_value = np.bincount(rank), np.bincount(rank[wrong.ravel()], minlength=distinct.size)
-    n_voxels, n_errors = (np.concatenate(([0], counts.cumsum())) for counts in per_value)
-    return n_voxels, n_errors
+    order = np.argsort(uncertainty, axis=None)
+    ascending = uncertainty.ravel()[order]
+    last = np.append(np.flatnonzero(ascending[1:] != ascending[:-1]), ascending.size - 1)  # of each distinct value
+    return np.append(0, last + 1), np.append(0, wrong.ravel()[order].cumsum()[last])
