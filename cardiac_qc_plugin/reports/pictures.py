@@ -96,10 +96,10 @@ def operating_grid(threshold: float) -> list[float]:
 
 
 def map_colors() -> list[tuple[int, int, int, int]]:
-    """Colors (RGBA, 0 to 255) of the uncertainty map from 0 to `MAP_TOP`: viridis, more opaque the higher."""
+    """Colors (RGBA, 0 to 255) of the uncertainty map from 0 to `MAP_TOP`: purple to white, which no line has; soon opaque."""
     shares = np.linspace(0, 1, MAP_STEPS)
-    colors = np.array(colormaps["viridis"](shares))
-    colors[:, 3] = np.minimum(1.6 * shares, 0.9)
+    colors = np.array(colormaps["RdPu_r"](shares))
+    colors[:, 3] = np.minimum(4 * shares, 0.95)
     return [tuple(color) for color in (255 * colors).round().astype(int).tolist()]
 
 

@@ -29,7 +29,7 @@ def write_report(
     cines: Sequence[Mapping[str, Any]] = (),
     skipped: Sequence[str] = (),
 ) -> Path:
-    """Write ``<output>/report.html``, the worklist with the most urgent case first, and bring each case's page up to date.
+    """Write ``<output>/report.html``, the most urgent case first, and bring each case's page up to date.
 
     A case's page is drawn if it is not there, see :func:`~cardiac_qc_plugin.reports.case_page.write_case`. Links are
     relative: the folder can be moved or sent as a whole, and each page alone. Pages count slices from 1.

@@ -98,7 +98,7 @@ def test_files_of_a_case(scan, predictors, tmp_path):
         assert region["probability"] >= qc["detection"]["threshold"]
     row = pd.read_csv(tmp_path / "worklist.csv").iloc[0]
     assert row["case"] == "oblique" and row["regions_flagged"] == len(regions)
-    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "oblique" / "report.html").is_file()
 
 
 def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_path):

@@ -38,9 +38,9 @@ function select(index) {
     ? `Region ${current + 1} of ${shown.length}: slice ${figures.indexOf(rect.closest("figure")) + 1}, probability of failure ${rect.dataset.p}.` : "";
   if (!rect) return;
   rect.classList.add("current");
-  const large = sheet.querySelector(".large");
-  if (large && large !== rect.closest("figure")) enlarge(rect.closest("figure"));
-  rect.closest("figure").scrollIntoView({ block: "center", behavior: "auto" });
+  const figure = rect.closest("figure"), large = sheet.querySelector(".large");
+  if (large && large !== figure) enlarge(figure);
+  figure.scrollIntoView({ block: large ? "end" : "center" });
 }
 function step(by) {
   if (!shown.length) byId("region").textContent = "No region is flagged.";
@@ -57,6 +57,7 @@ function enlarge(figure) {
     other.classList.toggle("large", large);
     other.querySelector(".zoom").setAttribute("aria-expanded", large);
   }
+  figure?.scrollIntoView({ block: figure.classList.contains("large") ? "end" : "nearest" });
 }
 function reset() { slider.value = record.operating; flag(); }
 

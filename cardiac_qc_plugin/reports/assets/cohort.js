@@ -36,7 +36,7 @@ class Listing {
     addEventListener("afterprint", () => this.show(false));
     this.refresh();
   }
-  get size() { return Number(this.find(".size")?.value ?? 50); }
+  get size() { return Number(this.find(".size").value); }
   sort(key) {
     this.down = this.key === key ? !this.down : !["rank", "case", "phase"].includes(key);
     this.key = key;
@@ -117,7 +117,7 @@ function drawCase(row) {
   const odd = cell("Implausible", number(row.implausible, 0));
   if (row.implausible) Object.assign(odd, { className: "odd", title: row.why });
   return element("tr", {}, rank, name,
-    phase ? cell("Phase", row.phase ?? "–") : null,
+    phase ? Object.assign(cell("Phase", row.phase ?? "–"), { className: "left" }) : null,
     cell("Urgency", number(row.urgency, 3), meter),
     cell("Flagged regions", number(regions(row), 0)),
     cell("Flagged slices", `${slices(row)} of ${row.total}`),
@@ -125,6 +125,7 @@ function drawCase(row) {
     ...data.structures.map((structure, index) => cell(`${structure} (ml)`, number(row.volumes[index], 1))),
     ...data.structures.map((structure, index) => cell(`${structure} (Dice)`, number(row.dice[index], 3))));
 }
+if (matchMedia("(max-width: 760px)").matches) for (const select of document.querySelectorAll(".size")) select.value = "10";
 const worklist = list && new Listing(list, cases, { values, keep, draw: drawCase });
 
 for (const heart of data.hearts) {
