@@ -96,11 +96,14 @@ def edit_qc(folder, **detection):
 def heart(cases, ed=0, es=1):
     """Content of a ``cine.json`` of phases that are cases of these names."""
     return {
-        "case": "heart", "cases": cases, "ed_phase": ed, "es_phase": es, "ed_es": "given", "notes": ["A slice is missing."],
-        "jumps": [], "body_surface_area_m2": 2.0,
+        "case": "heart", "cases": cases, "ed_phase": ed, "es_phase": es, "ed_es": "given",
+        "notes": ["A slice is missing."], "jumps": [], "body_surface_area_m2": 2.0,
         "curve": [{"phase": k, "LV_ml": 100 - 10 * k, "RV_ml": 120 - 9 * k, "LVM_ml": 90} for k in range(len(cases))],
-        "indices": {"lv_edv_ml": 100, "lv_esv_ml": 45, "lv_ef_percent": 55, "lv_edv_ml_per_m2": 50, "rv_ef_percent": None},
-        "intervals": {"lv_ef_percent": [50.25, 59.75]}, "flagged_slices": {"ed": [1, 2], "es": [2]}, "flagged_levels": {},
+        "indices": {
+            "lv_edv_ml": 100, "lv_esv_ml": 45, "lv_ef_percent": 55, "lv_edv_ml_per_m2": 50, "rv_ef_percent": None,
+        },
+        "intervals": {"lv_ef_percent": [50.25, 59.75]},
+        "flagged_slices": {"ed": [1, 2], "es": [2]}, "flagged_levels": {},
     }  # fmt: skip
 
 

@@ -337,9 +337,8 @@ CURVE = {
 
 def test_operating_curve_goes_with_its_network_and_map(tmp_path):
     folders = [make_case(tmp_path, "b"), make_case(tmp_path, "e", map="emap")]
-    assert "effort" not in {
-        id for f in folders for id in (report(tmp_path, folders), Page(f / "report.html"))[1].scripts
-    }
+    report(tmp_path, folders)
+    assert "effort" not in Page(folders[0] / "report.html").scripts
     write_json(tmp_path / "operating_curve.json", CURVE)
     groups = report(tmp_path, folders).scripts["data"]["groups"]
     assert {group["map"]: group["effort"] for group in groups} == {"b-map": CURVE, "e-map": None}

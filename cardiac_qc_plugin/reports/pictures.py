@@ -96,7 +96,7 @@ def operating_grid(threshold: float) -> list[float]:
 
 
 def map_colors() -> list[tuple[int, int, int, int]]:
-    """Colors (RGBA, 0 to 255) of the uncertainty map from 0 to `MAP_TOP`: purple to white, which no line has; soon opaque."""
+    """Colors (RGBA, 0 to 255) of the uncertainty map from 0 to `MAP_TOP`: purple to white, which no line has."""
     shares = np.linspace(0, 1, MAP_STEPS)
     colors = np.array(colormaps["RdPu_r"](shares))
     colors[:, 3] = np.minimum(4 * shares, 0.95)
