@@ -107,6 +107,7 @@ def _draw(folder: Path, qc: Mapping[str, Any], made_of: str) -> str:
     return render(
         "case.html",
         qc=qc,
+        file=Path(qc["input"]["path"]).name,
         record=record,
         slices=sheet.slices,
         size=sheet.size,

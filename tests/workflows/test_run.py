@@ -147,7 +147,8 @@ def test_results_of_a_scan_that_broke_meanwhile_are_removed(predictors, tmp_path
     source.write_text("no image")
     with pytest.raises(CaseFailures):
         run(find_scans(source), tmp_path / "out", *predictors)
-    assert not (tmp_path / "out" / "scan" / "segmentation.nii.gz").exists()
+    for name in ("segmentation.nii.gz", "report.html"):
+        assert not (tmp_path / "out" / "scan" / name).exists()
 
 
 def test_a_structure_that_no_sample_found_is_urgent():
