@@ -111,8 +111,9 @@ def run(
     preview = None
     if map == "bmap" and sample_phases == "ed_es":
         preview = load_models(model, "emap", 0, device, bundle_dir)
+    skipped = [str(item) for item in inputs.skipped]
     try:
-        cases = run_workflow(inputs.scans, str(output), *models, inputs.failures, preview=preview, given=(ed, es))
+        cases = run_workflow(inputs.scans, str(output), *models, inputs.failures, preview, (ed, es), skipped)
     except CaseFailures as failures:
         _summary(failures.cases, output)
         raise

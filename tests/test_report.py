@@ -1,169 +1,117 @@
-"""The report: pictures against positions, colors and sizes worked out by hand, the page by html.parser."""
+"""The report: layers against positions, colors and counts worked out by hand, pages by html.parser."""
 
-import json
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import nibabel as nib
 import numpy as np
 import pytest
-from matplotlib import colormaps
 from matplotlib.colors import to_rgb
-from matplotlib.image import imread
+from report_cases import (
+    ACDC_AFFINE,
+    SHAPE,
+    SPACING,
+    VIEW,
+    Page,
+    edit_qc,
+    heart,
+    make_case,
+    random_probabilities,
+    read_qc,
+    region,
+    save,
+)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom
-from cardiac_qc_plugin.reports.pictures import CONTOURS, FLAG_COLOR, GAP, PANEL_WIDTH, write_pictures
-from cardiac_qc_plugin.reports.report import write_report
+from cardiac_qc_plugin.reports import write_case, write_report
+from cardiac_qc_plugin.reports.pages import CONTOURS, FLAG_COLOR
+from cardiac_qc_plugin.reports.pictures import map_colors
+from cardiac_qc_plugin.reports.report import cohort_page
 from cardiac_qc_plugin.workflows.files import write_json
 
-SPACING = (2.0, 2.5, 10.0)
-SHAPE = (104, 96, 4)
-ACDC_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # toward the patient's left and back, as scanners store slices
-BOX = (8, 96, 0, 80)  # with the margin of 8: rows 0 to 104, columns 0 to 88
+NASTY = "a b#1 100% <i>&\"x'?</script><script>alert(1)<!--heart-->/phase01"
 
 
-def region(number, index, row, col, probability=0.9):
-    return {
-        "id": number, "slice": index, "row0": row, "row1": row + 8, "col0": col, "col1": col + 8,
-        "probability": probability,
-    }  # fmt: skip
+def drawn(folder):
+    write_case(folder)
+    return Page(folder / "report.html")
 
 
-def save(path, array, affine=ACDC_AFFINE):
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_zooms(SPACING)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
+def report(root, folders, failures=(), **more):
+    return Page(write_report(root, [read_qc(folder) for folder in folders], failures, **more))
 
 
-def make_case(root, name="scan1", regions=(), urgency=0.1, image=None, labels=None, bmap=None, **changes):
-    """A finished case; its folder. ``changes`` overwrite entries of the detection."""
-    folder = root / name
-    scan = root / "scans" / f"{name.replace('/', '_')}.nii.gz"
-    zeros = np.zeros(SHAPE, np.float32)
-    save(scan, zeros + np.arange(SHAPE[2], dtype=np.float32) if image is None else image)
-    save(folder / "segmentation.nii.gz", zeros.astype(np.uint8) if labels is None else labels)
-    save(folder / "bayesian.nii.gz", zeros if bmap is None else bmap)
-    save(folder / "entropy.nii.gz", zeros + 1)
-    bundle = {"bundle_version": "0.1.0", "weights_sha256": "0123456789abcdef", "map": "bmap"}
-    qc = {
-        "case": name,
-        "input": {
-            "path": str(scan), "frame": None, "sha256": "00",
-            "shape": list(SHAPE), "spacing_mm": list(SPACING),
-        },
-        "segmentation": {
-            "bundle": "some_segmentation", **bundle, "samples": 10, "seed": 3,
-            "pairwise_dice": {"RV": None, "LVM": 0.875, "LV": 0.9375},
-            "volume_ml": {"RV": 101.26, "LVM": 98.0, "LV": 130.2},
-        },
-        "detection": {
-            "bundle": "some_detection", **bundle, "threshold": 0.25, "region_size": 8,
-            "boxes": [list(BOX)] * SHAPE[2], "n_regions": 440,
-            "flagged_slices": sorted({r["slice"] for r in regions}), "regions": list(regions),
-            **changes,
-        },
-        "scores": {"sample_disagreement": 0.07, "region_failure": 1.5, "urgency": urgency},
-        "stages": {},
-        "versions": {"cardiac_qc_plugin": "0.1.0", "torch": "2.8"},
-    }  # fmt: skip
-    write_json(folder / "qc.json", qc)
-    return folder
-
-
-def read_qc(folder):
-    return json.loads((folder / "qc.json").read_text())
-
-
-def edit_qc(folder, **detection):
-    qc = read_qc(folder)
-    qc["detection"] |= detection
-    write_json(folder / "qc.json", qc)
-
-
-def panels(path):
-    """The two halves of a picture, RGB in [0, 1], their titles blackened."""
-    picture = imread(path)[..., :3].copy()
-    assert picture.shape[1] == 2 * PANEL_WIDTH + GAP
-    halves = picture[:, :PANEL_WIDTH], picture[:, PANEL_WIDTH + GAP :]
-    for half in halves:
-        half[:34, :130] = 0
-    return halves
-
-
-def extent(panel, color, tolerance=0.15):
-    """Left, right, top and bottom of a color's pixels as shares of the panel; None where there is none."""
-    rows, cols = np.nonzero(np.abs(panel - to_rgb(color)).max(axis=-1) < tolerance)
-    if not rows.size:
-        return None
-    height, width = panel.shape[:2]
+def extent(mask):
+    """Left, right, top and bottom of the true pixels (height, width) as shares of the picture."""
+    rows, cols = np.nonzero(mask)
+    height, width = mask.shape
     return np.array([cols.min() / width, (cols.max() + 1) / width, rows.min() / height, (rows.max() + 1) / height])
 
 
-# pictures
+# layers
 
 
-def test_flagged_cells_are_framed_where_they_lie_in_both_panels(tmp_path):
-    folder = make_case(tmp_path, regions=[region(1, 2, 24, 16), region(2, 2, 32, 16)])
-    (path,) = write_pictures(folder)
-    assert path == folder / "review" / "slice03.png"  # slice 2 from 0
-    for panel in panels(path):
-        # rows 24 to 40 of 104 to the right, columns 16 to 24 of 88 down
-        expected = [24 / 104, 40 / 104, 16 / 88, 24 / 88]
-        np.testing.assert_allclose(extent(panel, FLAG_COLOR), expected, atol=0.008)
+def test_flagged_cells_are_framed_where_they_lie(tmp_path):
+    page = drawn(make_case(tmp_path, regions=[region(1, 2, 24, 16), region(2, 2, 32, 16)]))
+    svg = page.all("svg", preserveaspectratio="none")
+    assert {a["viewbox"] for a in svg} == {f"0 0 {4 * VIEW[0]} {4 * VIEW[1]}"} and len(svg) == SHAPE[2]
+    # rows 24 to 40 to the right, columns 16 to 24 down, a quarter pixel inside
+    frames = [[float(a[key]) / 4 for key in ("x", "width", "y", "height")] for a in page.all("rect", **{"class": "on"})]
+    assert frames == [[24.25, 7.5, 16.25, 7.5], [32.25, 7.5, 16.25, 7.5]]
+    assert "2 flagged regions on 1 of 4 slices" in page.text
 
 
 def test_view_is_to_scale_and_inside_the_image(tmp_path):
-    boxes = [[8, 96, 0, 80], [-8, 112, -20, 116], [8, 88, 8, 88], [40, 56, 40, 56]]
-    folder = make_case(tmp_path, regions=[region(1 + k, k, 40, 40) for k in range(4)], boxes=boxes)
-    shown = [(104, 88), (104, 96), (96, 96), (32, 32)]  # margin of a region, cut off at the image's border
-    for path, (rows, cols) in zip(write_pictures(folder), shown, strict=True):
-        left, _ = panels(path)
-        assert left.shape[0] / left.shape[1] == pytest.approx(cols * SPACING[1] / (rows * SPACING[0]), abs=0.003)
+    boxes = [[-8, 88, 8, 120], [40, 56, 40, 56], [40, 88, 8, 88], [40, 56, 40, 56]]
+    page = drawn(make_case(tmp_path, regions=[region(1, 1, 40, 40)], boxes=boxes))
+    rows, cols = 96, 96  # with a margin of 8, cut off at the image's border
+    for picture in page.pictures("image"):
+        assert picture.shape[1] / picture.shape[0] == pytest.approx(rows * SPACING[0] / (cols * SPACING[1]), abs=0.005)
+    assert all(picture.shape[:2] == (cols, rows) for picture in page.pictures("map"))
+    (sheet,) = page.all("section", id="sheet")
+    assert float(sheet["style"].partition(":")[2]) == pytest.approx(rows * SPACING[0] / (cols * SPACING[1]), abs=1e-3)
 
 
 def test_line_width_follows_probability(tmp_path):
-    def framed_pixels(probability, threshold=0.25):
-        folder = make_case(tmp_path, regions=[region(1, 0, 40, 40, probability)], threshold=threshold)
-        left, _ = panels(write_pictures(folder)[0])
-        return (np.abs(left - to_rgb(FLAG_COLOR)).max(axis=-1) < 0.15).sum()
-
-    assert framed_pixels(0.26) < framed_pixels(0.6) < framed_pixels(0.99)
-    assert framed_pixels(1.0, threshold=1.0) > 0
+    cells = [region(k, 0, 40, 8 * k, p) for k, p in enumerate((0.99, 0.6, 0.26, 0.2), start=1)]
+    page = drawn(make_case(tmp_path, regions=cells))
+    widths = [float(a["stroke-width"]) for a in page.all("rect")]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 4 - 1  # thin below the operating point
+    assert [a.get("class") for a in page.all("rect")] == ["on", "on", "on", None]
 
 
 def test_display_is_transposed_and_mirrored_axes_are_turned_round(tmp_path):
     image = np.zeros(SHAPE, np.float32)
     image[80:96, 8:24] = 100  # high rows, low columns: at the right, at the top
-    flagged = [region(1, 1, 24, 40)]
-    folder = make_case(tmp_path, image=image, regions=flagged)
-    (path,) = write_pictures(folder)
-    plain = imread(path)
-    np.testing.assert_allclose(extent(panels(path)[0], "white"), [80 / 104, 96 / 104, 8 / 88, 24 / 88], atol=0.03)
+    labels = (image > 0).astype(np.uint8)
+    page = drawn(make_case(tmp_path, image=image, labels=labels, regions=[region(1, 1, 24, 40)]))
+    plain = page.pictures("image")[1]
+    np.testing.assert_allclose(extent(plain[..., 0] > 0.5), [80 / 104, 96 / 104, 8 / 88, 24 / 88], atol=0.01)
 
     # the same scan from a converter that stores columns from back to front
-    affine = ACDC_AFFINE @ np.diag([1.0, -1.0, 1.0, 1.0])
-    mirrored = region(1, 1, 24, SHAPE[1] - 48)
     box = [8, 96, SHAPE[1] - 80, SHAPE[1]]
-    folder = make_case(tmp_path, "mirrored", regions=[mirrored], boxes=[box] * 4)
+    mirrored = region(1, 1, 24, SHAPE[1] - 48)
+    folder = make_case(tmp_path, "mirrored", labels=labels[:, ::-1], regions=[mirrored], boxes=[box] * 4)
+    affine = ACDC_AFFINE @ np.diag([1.0, -1.0, 1.0, 1.0])
     save(Path(read_qc(folder)["input"]["path"]), image[:, ::-1].copy(), affine)
-    (path,) = write_pictures(folder)
-    turned = imread(path)
-    assert turned.shape == plain.shape
-    assert np.abs(turned - plain)[40:, PANEL_WIDTH // 4 :].mean() < 0.005  # but for half a pixel's rounding
+    turned = drawn(folder)
+    np.testing.assert_array_equal(turned.pictures("image")[1], plain)
+    assert turned.all("rect") == page.all("rect")
+    for edge in (np.min, np.max):
+        np.testing.assert_array_equal(edge(turned.contours("RV"), axis=0), edge(page.contours("RV"), axis=0))
 
 
 def test_contours_lie_at_the_border_of_each_class(tmp_path):
     labels = np.zeros(SHAPE, np.uint8)
     labels[16:40, 24:64], labels[40:88, 16:72], labels[52:76, 32:56] = 1, 2, 3
-    folder = make_case(tmp_path, labels=labels, regions=[region(1, 1, 0, 0)])
-    left, right = panels(write_pictures(folder)[0])
+    page = drawn(make_case(tmp_path, labels=labels, regions=[region(1, 1, 0, 0)]))
     rectangles = {"RV": (16, 40, 24, 64), "LVM": (40, 88, 16, 72), "LV": (52, 76, 32, 56)}
     for name, (row0, row1, col0, col1) in rectangles.items():
-        expected = [row0 / 104, row1 / 104, col0 / 88, col1 / 88]
-        np.testing.assert_allclose(extent(left, CONTOURS[name][0]), expected, atol=0.012)
-    assert extent(right, CONTOURS["RV"][0]) is None
+        corners = page.contours(name)
+        np.testing.assert_array_equal(corners.min(axis=0), [row0 + 0.25, col0 + 0.25])
+        np.testing.assert_array_equal(corners.max(axis=0), [row1 - 0.25, col1 - 0.25])
+    # a hole has a contour too; chamfered corners, and nothing between them
+    assert [len(page.contours(name)) for name in ("RV", "LV", "LVM")] == [8 * 4, 8 * 4, 16 * 4]
 
 
 def test_contours_differ_in_line_style_and_for_the_color_blind():
@@ -180,48 +128,71 @@ def test_contours_differ_in_line_style_and_for_the_color_blind():
         assert distances.min() > 0.2
 
 
-@pytest.mark.parametrize(("map_name", "value", "position"), [("bmap", 0.0, 0.0), ("bmap", 0.25, 0.5), ("emap", 1, 1.0)])
-def test_right_panel_shows_the_detections_map(tmp_path, map_name, value, position):
-    bmap = np.full(SHAPE, value, np.float32)  # make_case fills the e-map with 1
-    folder = make_case(tmp_path, regions=[region(1, 0, 0, 0)], bmap=bmap, map=map_name)
-    _, right = panels(write_pictures(folder)[0])
-    np.testing.assert_allclose(right[300, 300], colormaps["viridis"](position)[:3], atol=0.02)
+def test_map_colors_grow_brighter_and_show_the_image_where_certain():
+    colors = np.array(map_colors()) / 255
+    luminance = colors[:, :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(luminance) > -0.002).all() and luminance[-1] > luminance[0] + 0.5
+    assert colors[0, 3] == 0 and (np.diff(colors[:, 3]) >= 0).all()
 
 
-def test_pictures_are_drawn_anew_only_after_a_change(tmp_path):
+@pytest.mark.parametrize(("map_name", "value", "step"), [("bmap", 0.0, 0), ("bmap", 0.25, 16), ("emap", 1, 31)])
+def test_map_is_that_of_the_detection(tmp_path, map_name, value, step):
+    bmap = np.zeros(SHAPE, np.float32)  # make_case fills the e-map with 1
+    bmap[40:, 40:] = value
+    page = drawn(make_case(tmp_path, regions=[region(1, 0, 0, 0)], bmap=bmap, map=map_name))
+    picture = page.pictures("map")[0]
+    np.testing.assert_allclose(255 * picture[60, 60], map_colors()[step], atol=0.5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_counts_at_every_threshold(tmp_path, seed):
+    painted, flagged = random_probabilities(seed)
+    page = drawn(make_case(tmp_path, painted=painted, regions=flagged))
+    record = page.scripts["record"]
+    corners = painted[8:96:8, 0:80:8]
+    assert record["grid"][record["operating"]] == 0.25 and len(record["grid"]) > 25
+    assert record["regions"][record["operating"]] == len(flagged) > 20
+    for threshold, regions, slices in zip(record["grid"], record["regions"], record["slices"], strict=True):
+        reached = corners >= np.float32(threshold)
+        assert (regions, slices) == (reached.sum(), reached.any(axis=(0, 1)).sum())
+    levels = np.array([int(a["data-level"]) for a in page.all("rect")])
+    assert [(levels > step).sum() for step in range(len(record["grid"]))] == record["regions"]
+
+
+def test_pages_are_drawn_anew_only_after_a_change(tmp_path):
     folder = make_case(tmp_path, regions=[region(1, 0, 40, 40)])
-    (path,) = write_pictures(folder)
+    path = folder / "report.html"
+    write_case(folder)
     first, written = path.read_bytes(), path.stat().st_mtime_ns
-    assert write_pictures(folder) == [path] and path.stat().st_mtime_ns == written
-    edit_qc(folder)
-    write_pictures(folder)
-    assert path.read_bytes() == first and path.stat().st_mtime_ns > written
-    edit_qc(folder, regions=[region(1, 0, 40, 48)])
-    write_pictures(folder)
-    assert path.read_bytes() != first
+    write_case(folder)
+    report(tmp_path, [folder])
+    placed, later = path.read_bytes(), path.stat().st_mtime_ns
+    assert later > written and placed != first  # with its place in the worklist
+    write_case(folder)
+    report(tmp_path, [folder])
+    assert path.stat().st_mtime_ns == later
+    edit_qc(folder, regions=[region(1, 0, 40, 48)], threshold=0.3)
+    write_case(folder)
+    assert path.stat().st_mtime_ns > later
     path.unlink()
-    assert write_pictures(folder) == [path] and path.is_file()
+    report(tmp_path, [folder])
+    assert path.is_file()
 
 
-def test_stale_pictures_go_and_nothing_else(tmp_path):
-    folder = make_case(tmp_path, regions=[region(1, 0, 40, 40), region(2, 3, 40, 40)])
-    write_pictures(folder)
-    (folder / "review" / "note.txt").write_text("mine")
-    edit_qc(folder, regions=[region(1, 3, 40, 40)])
-    write_pictures(folder)
-    assert sorted(p.name for p in (folder / "review").iterdir()) == ["note.txt", "slice04.png"]
-    edit_qc(folder, regions=[])
-    assert write_pictures(folder) == []
-    assert [p.name for p in (folder / "review").iterdir()] == ["note.txt"]
-
-
-def test_phantom_picture_is_a_small_file(tmp_path):
-    phantom = ShortAxisPhantom(shape=SHAPE[:2], n_slices=SHAPE[2], spacing=SPACING)
+def test_sizes(tmp_path):
+    phantom = ShortAxisPhantom(shape=SHAPE[:2], n_slices=12, spacing=SPACING)
     image, labels = phantom.frame()
-    folder = make_case(tmp_path, image=image, labels=labels, regions=[region(1, 1, 40, 40)])
-    (path,) = write_pictures(folder)
-    assert 20_000 < path.stat().st_size < 120_000
-    assert all(extent(panels(path)[0], color) is not None for color, _ in CONTOURS.values())
+    painted, flagged = random_probabilities(0)
+    folder = make_case(tmp_path, image=image, labels=labels, regions=flagged, boxes=[[8, 96, 0, 80]] * 12,
+                       painted=np.concatenate([painted] * 3, axis=2),
+                       bmap=np.random.default_rng(0).beta(0.3, 6, image.shape).astype(np.float32))  # fmt: skip
+    page = drawn(folder)
+    assert 40_000 < (folder / "report.html").stat().st_size < 400_000
+    assert len(page.pictures("image")) == 12
+    cohort = tmp_path / "report.html"
+    qc, record = read_qc(folder), page.scripts["record"]
+    cohort.write_text(cohort_page(tmp_path, [qc] * 200, [record] * 200, (), (), (), None))
+    assert cohort.stat().st_size < 300_000  # two scans each of 100 patients
 
 
 def test_one_phase_of_a_cine(tmp_path):
@@ -234,95 +205,98 @@ def test_one_phase_of_a_cine(tmp_path):
     nib.save(image, qc["input"]["path"])
     qc["input"]["frame"] = 1
     write_json(folder / "qc.json", qc)
-    left, _ = panels(write_pictures(folder)[0])
-    np.testing.assert_allclose(extent(left, "white"), [16 / 104, 32 / 104, 64 / 88, 80 / 88], atol=0.03)
+    picture = drawn(folder).pictures("image")[0]
+    np.testing.assert_allclose(extent(picture[..., 0] > 0.5), [16 / 104, 32 / 104, 64 / 88, 80 / 88], atol=0.01)
 
 
 def test_errors_name_the_file(tmp_path):
     folder = make_case(tmp_path, regions=[region(1, 0, 40, 40)])
     save(folder / "bayesian.nii.gz", np.zeros((8, 8, 4), np.float32))
     with pytest.raises(ValueError, match=r"bayesian.*\(8, 8, 4\).*\(104, 96, 4\)"):
-        write_pictures(folder)
+        write_case(folder)
     (folder / "segmentation.nii.gz").unlink()
     with pytest.raises(ValueError, match="segmentation.nii.gz: no such file"):
-        write_pictures(folder)
+        write_case(folder)
+    assert not (folder / "report.html").exists()
 
 
-# the page
+# pages
 
 
-class Page(HTMLParser):
-    """Links, images, ids and visible text of a page; fails on tags that are not closed in order."""
-
-    VOID = {"meta", "img", "path", "link", "br"}
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.open, self.links, self.images, self.ids, self.text = [], [], [], [], [], ""
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.links += [attributes[key] for key in ("href", "src") if key in attributes]
-        self.images += [attributes] if tag == "img" else []
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text += data + " "
-
-
-def report(root, folders, failures=()):
-    return Page(write_report(root, [read_qc(folder) for folder in folders], failures))
-
-
-NASTY = "a b#1 100% <i>&\"x'?/phase01"
-
-
-def test_links_lead_to_pictures_whatever_the_names(tmp_path):
-    flagged = [region(1, 1, 40, 40, 0.987), region(2, 1, 48, 40, 0.5), region(3, 3, 40, 40, 0.25)]
-    page = report(tmp_path, [make_case(tmp_path, NASTY, regions=flagged), make_case(tmp_path, "plain")])
-    assert len(page.ids) == len(set(page.ids))
-    for link in page.links:
-        parts = urlparse(link)
-        assert not parts.scheme and not parts.netloc and not parts.query
-        assert parts.fragment in page.ids if parts.fragment else (tmp_path / unquote(parts.path)).is_file()
-    assert [unquote(image["src"]) for image in page.images] == [
-        f"{NASTY}/review/slice02.png",
-        f"{NASTY}/review/slice04.png",
-    ]
-    assert all(image["loading"] == "lazy" for image in page.images)
-    alt = " ".join(page.images[0]["alt"].split())
-    assert alt == f"{NASTY}, slice 2: image with segmentation, and uncertainty map, 2 flagged regions"
+def test_pages_are_whole_and_load_nothing(tmp_path):
+    flagged = [region(1, 1, 40, 40, 0.987)]
+    folders = [make_case(tmp_path, name, regions=flagged) for name in (NASTY, "plain", "third")]
+    report(tmp_path, folders, cines=[heart([NASTY, "plain", "third"])])
+    for folder in (tmp_path, *folders):
+        page = Page(folder / "report.html")
+        assert len(page.ids) == len(set(page.ids))
+        assert all(a["src"].startswith("data:") for a in page.all("img"))
+        assert not page.all("link") and not any("src" in a for a in page.all("script"))
+        links = [a["href"] for a in page.all("a")]
+        for parts in map(urlparse, links):
+            assert not parts.scheme and not parts.netloc and not parts.query
+            if parts.fragment:
+                assert parts.fragment in page.ids
+            else:
+                assert (folder / unquote(parts.path)).is_file()
+        policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+        assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "https" not in policy
 
 
 def test_names_and_messages_are_escaped(tmp_path):
-    page = report(tmp_path, [make_case(tmp_path, NASTY)], [("<script>alert(1)</script>", "bad & <b>file</b>")])
-    assert "script" not in page.tags and "<i>" not in page.source and "<b>file" not in page.source
-    assert NASTY in page.text
-    assert "<script>alert(1)</script> bad & <b>file</b>" in page.text
+    reason = "bad & <b>file</b></script><script>alert(2)</script>"
+    folder = make_case(tmp_path, NASTY)
+    page = report(tmp_path, [folder], [("<script>alert(1)</script>", reason)], skipped=["series <i>3</i>"])
+    assert page.scripts["data"]["failures"] == [["<script>alert(1)</script>", reason]]
+    assert list(page.rows()) == [NASTY] and reason in page.text and "series <i>3</i>" in page.text
+    own = Page(folder / "report.html")
+    assert NASTY in own.text and page.tags.count("script") == 3 and own.tags.count("script") == 3
+    for source in (page.source, own.source):
+        assert "<i>" not in source and "<script>alert" not in source
 
 
-def test_worklist_is_by_urgency(tmp_path):
-    urgencies = {"scan-l": 0.01, "scan-h": 0.9, "scan-b": 0.2, "scan-a": 0.2}
-    page = report(tmp_path, [make_case(tmp_path, name, urgency=u) for name, u in urgencies.items()])
-    positions = [page.text.index(name) for name in ("scan-h", "scan-b", "scan-a", "scan-l")]  # stable, as the CSV is
-    assert positions == sorted(positions)
-    assert [link for link in page.links if link.startswith("#case")] == [f"#case-{k}" for k in range(1, 5)]
-    assert "worklist.csv" not in page.source
-    (tmp_path / "worklist.csv").write_text("rank,case\n")
-    assert "worklist.csv" in report(tmp_path, [tmp_path / "scan-l"]).links
+def test_neighbors_in_the_worklist(tmp_path):
+    urgencies = {"low": 0.01, "nested/phase00": 0.9, "mid": 0.2}
+    folders = [make_case(tmp_path, name, urgency=u) for name, u in urgencies.items()]
+    page = report(tmp_path, folders, [("broken", "no such file.")])
+    assert list(page.rows()) == ["nested/phase00", "mid", "low"]
+    ways = {
+        name: {rel: a[0]["href"] for rel in ("prev", "next") if (a := own.all("a", rel=rel))}
+        for name in urgencies
+        if (own := Page(tmp_path / name / "report.html"))
+    }
+    assert ways == {
+        "nested/phase00": {"next": "../../mid/report.html"},
+        "mid": {"prev": "../nested/phase00/report.html", "next": "../low/report.html"},
+        "low": {"prev": "../mid/report.html"},
+    }
+    assert "4 of 4 in the worklist, urgency 0.010" in Page(tmp_path / "low" / "report.html").text
+    assert Page(tmp_path / "nested/phase00" / "report.html").all("a")[0]["href"] == "../../report.html"
+
+
+def test_numbers_of_a_case(tmp_path):
+    flagged = [region(1, 1, 40, 40, 0.987), region(2, 1, 48, 40, 0.5), region(3, 3, 40, 40, 0.25)]
+    folder = make_case(tmp_path, regions=flagged, urgency=0.125)
+    qc = read_qc(folder)
+    qc["segmentation"] |= {
+        "plausibility": {"violations": {"hole_LV": [1, 2]}, "implausible_slices": [1, 2]},
+        "slice_level": ["basal", "mid", "mid", "apical"],
+        "sample_volume_ml": {"LV": [129.2, 131.2]},
+    }
+    write_json(folder / "qc.json", qc)
+    page = report(tmp_path, [folder, make_case(tmp_path, "quiet")], [("scan7", "damaged.")])
+    row = page.rows()["scan1"]
+    at = page.scripts["data"]["groups"][row["group"]]["operating"]
+    assert (row["regions"][at], row["slices"][at], row["total"], row["implausible"]) == (3, 2, 4, 2)
+    assert row["volumes"] == [101.3, 98.0, 130.2] and row["dice"] == [None, 0.875, 0.938]
+    facts = "cases 2 cases to review 1 flagged slices 2 flagged regions 3 implausible 1 not processed 1"
+    assert facts in page.text and "For research only." in page.text
+    own = Page(folder / "report.html").text
+    assert "3 flagged regions on 2 of 4 slices implausible" in own
+    assert "Implausible: hole in the LV (slice 2, 3)." in own and own.count("hole in the LV") == 3
+    assert "volume (ml) 101.3 98.0 130.2" in own and "(Dice) – 0.875 0.938" in own
+    assert "95 % interval – – 112.2 – 148.2" in own  # 130.2 ± 12.706 * 1.414
+    assert "2 mid hole in the LV" in own and "4 apical" in own and "No LV" not in own
 
 
 def test_without_samples(tmp_path):
@@ -331,45 +305,79 @@ def test_without_samples(tmp_path):
     qc["segmentation"] |= {"samples": 1, "pairwise_dice": {}}
     qc["scores"] = {"region_failure": 12.34, "urgency": 12.34}
     write_json(folder / "qc.json", qc)
-    page = report(tmp_path, [folder])
-    assert "1 scan1 12.340 0 none 101.3 98.0 130.2 – – –" in page.text
-    assert "12.3 failing regions expected" in page.text
+    row = report(tmp_path, [folder]).rows()["scan1"]
+    assert row["urgency"] == 12.34 and row["dice"] == [None] * 3 and row["implausible"] is None
+    own = Page(folder / "report.html").text
+    assert "add up to 12.3." in own and "Plausibility was not checked" in own
 
 
-def test_numbers_of_a_case(tmp_path):
-    flagged = [region(1, 1, 40, 40, 0.987), region(2, 1, 48, 40, 0.5), region(3, 3, 40, 40, 0.25)]
-    page = report(tmp_path, [make_case(tmp_path, regions=flagged, urgency=0.125), make_case(tmp_path, "quiet")])
-    # rank, case, urgency, regions, slices from 1, volumes, agreement
-    assert "1 scan1 0.125 3 2, 4 101.3 98.0 130.2 – 0.875 0.938" in page.text
-    assert "2 quiet 0.100 0 none" in page.text
-    assert "3 regions on 2 of 4 slices" in page.text
-    assert "Slice 2 of 4: 2 flagged regions, highest probability of failure 0.99" in page.text
-    assert "Slice 4 of 4: 1 flagged region, highest probability of failure 0.25" in page.text
-    assert "no flagged region" in page.text and "No region of its 4 slices reached the threshold" in page.text
-    assert "cases 2 cases to review 1 flagged slices 2 flagged regions 3 not processed 0" in page.text
-    assert "count from 1" in page.text and "For research only" in page.text
+def test_hearts(tmp_path):
+    folders = [make_case(tmp_path, f"heart/phase{k:02d}") for k in range(3)] + [make_case(tmp_path, "alone")]
+    page = report(tmp_path, folders, cines=[heart([f"heart/phase{k:02d}" for k in range(3)], es=2)])
+    assert {name: row["phase"] for name, row in page.rows().items()} == {
+        "heart/phase00": "ED", "heart/phase01": "phase 1", "heart/phase02": "ES", "alone": None,
+    }  # fmt: skip
+    (row,) = page.scripts["data"]["hearts"]
+    assert (row["ed"], row["es"], row["flagged"]) == ("heart/phase00", "heart/phase02", 3)
+    assert row["values"][3] == 55 and row["intervals"][3] == [50.25, 59.75] and row["values"][7] is None
+    own = Page(folders[1] / "report.html")
+    assert "LV EF (%) 55.0 50.2 – 59.8" in own.text and "LV EDV (ml) 100.0 – 50.0" in own.text
+    assert "A slice is missing." in own.text and "ED phase 1 ES" in own.text
+    chart = own.scripts["volumes"]
+    assert chart["volumes"]["LV"] == [100, 90, 80] and chart["here"] == 1
+    assert chart["marks"] == [{"x": 0, "label": "ED"}, {"x": 2, "label": "ES"}]
+    assert "volumes" not in Page(folders[3] / "report.html").scripts
+
+
+CURVE = {
+    "model": "drn", "map": "bmap", "patients": 15, "source": "fold 1",
+    "threshold": [0.2, 0.6, 0.9], "caught": [0.9, 0.6, 0.2], "regions_per_patient": [40.0, 10.0, 2.0],
+}  # fmt: skip
+
+
+def test_operating_curve_goes_with_its_network_and_map(tmp_path):
+    folders = [make_case(tmp_path, "b"), make_case(tmp_path, "e", map="emap")]
+    report(tmp_path, folders)
+    assert "effort" not in Page(folders[0] / "report.html").scripts
+    write_json(tmp_path / "operating_curve.json", CURVE)
+    groups = report(tmp_path, folders).scripts["data"]["groups"]
+    assert {group["map"]: group["effort"] for group in groups} == {"b-map": CURVE, "e-map": None}
+    assert Page(folders[0] / "report.html").scripts["effort"] == CURVE
+    assert "effort" not in Page(folders[1] / "report.html").scripts
+    write_json(tmp_path / "operating_curve.json", CURVE | {"model": "unet"})
+    assert [g["effort"] for g in report(tmp_path, folders).scripts["data"]["groups"]] == [None, None]
+
+
+@pytest.mark.parametrize("change", [{"caught": [1]}, {"threshold": [0.9, 0.6, 0.2]}, {"source": None, "threshold": []}])
+def test_damaged_operating_curve(tmp_path, change):
+    write_json(tmp_path / "operating_curve.json", CURVE | change)
+    with pytest.raises(ValueError, match="operating_curve.json: expected"):
+        report(tmp_path, [make_case(tmp_path)])
 
 
 def test_settings_are_shown_once_per_kind(tmp_path):
     folders = [make_case(tmp_path, name) for name in ("a", "b", "c")]
     page = report(tmp_path, folders)
-    for text in (
-        "some_segmentation 0.1.0 (weights 0123456789ab)",
-        "b-map",
-        "10 (seed 3)",
-        "torch 2.8",
-        "0.25",
-    ):
+    for text in ("cardiac_drn_segmentation 0.1.0 (weights 0123456789ab)", "b-map", "10 (seed 3)", "torch 2.8", "0.25"):
         assert page.text.count(text) == 1
     assert "not all made alike" not in page.text
     edit_qc(folders[1], map="emap")
     page = report(tmp_path, folders)
     assert "not all made alike" in page.text
-    assert page.text.index("2 cases") < page.text.index("b-map") < page.text.index("e-map")
+    settings = page.text[page.text.index("not all made alike") :]
+    assert settings.index("2 cases") < settings.index("b-map") < settings.index("e-map")
 
 
 def test_failures_alone(tmp_path):
     page = report(tmp_path, [], [("scan7", "scan7.nii.gz: the file is damaged.")])
     assert "cases 0" in page.text and "not processed 1" in page.text
     assert "scan7 scan7.nii.gz: the file is damaged." in page.text
-    assert "No case was processed." in page.text
+    assert "No case was processed." in report(tmp_path, []).text
+
+
+def test_assets_are_safe_inside_a_page():
+    folder = Path(write_report.__code__.co_filename).parent
+    for path in (*folder.glob("assets/*"), *folder.glob("vendor/*/*.js")):
+        text = path.read_text().lower()
+        assert "</script" not in text and "<!--" not in text and "</style" not in text
+    assert "MIT" in (folder / "vendor" / "uplot" / "LICENSE").read_text()

@@ -1,3 +1,5 @@
-"""What people read: the cohort's page with its pictures, the text and figures of an evaluation."""
+"""What people read: the cohort's page and those of its cases, the text and figures of an evaluation."""
 
+from .case_page import PAGE as PAGE
+from .case_page import write_case as write_case
 from .report import write_report as write_report

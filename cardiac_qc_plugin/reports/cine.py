@@ -1,40 +1,54 @@
-"""A cine's volumes over the heart cycle, as a figure and as a sentence."""
+"""A heart's indices: as a sentence, and as the pages show them."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.figure import Figure
+__all__ = ["INDICES", "describe_cine", "index_rows", "volume_curve"]
 
-__all__ = ["describe_cine", "draw_volumes"]
+INDICES = {
+    "lv_edv_ml": "LV EDV (ml)",
+    "lv_esv_ml": "LV ESV (ml)",
+    "lv_sv_ml": "LV SV (ml)",
+    "lv_ef_percent": "LV EF (%)",
+    "rv_edv_ml": "RV EDV (ml)",
+    "rv_esv_ml": "RV ESV (ml)",
+    "rv_sv_ml": "RV SV (ml)",
+    "rv_ef_percent": "RV EF (%)",
+    "lvm_mass_g": "LVM mass (g)",
+}
 
-COLORS = {"LV": "#009E73", "RV": "#0072B2", "LVM": "#B8860B"}
+
+def index_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The indices of a ``cine.json`` with their interval and their value by body surface area, None where unknown."""
+    values, intervals = record["indices"], record["intervals"]
+    return [
+        {
+            "label": label,
+            "value": values[name],
+            "interval": intervals.get(name),
+            "by_area": values.get(f"{name}_per_m2"),
+        }
+        for name, label in INDICES.items()
+        if name in values
+    ]
 
 
-def draw_volumes(record: Mapping[str, Any]) -> Figure:
-    """Volumes of LV, RV and LVM by phase, with end-diastole, end-systole and jumps marked.
-
-    Args:
-        record: content of ``cine.json``.
-    """
+def volume_curve(record: Mapping[str, Any], phase: int) -> dict[str, Any] | None:
+    """What the chart of a ``cine.json`` shows on the page of one of its phases; None for fewer than three phases."""
     curve = record["curve"]
+    if len(curve) < 3:
+        return None
     timed = all("trigger_time_ms" in point for point in curve)
-    axis = {point["phase"]: point["trigger_time_ms" if timed else "phase"] for point in curve}
-    figure = Figure(figsize=(6, 3.4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for name, color in COLORS.items():
-        axes.plot(axis.values(), [point[f"{name}_ml"] for point in curve], "o-", color=color, label=name, markersize=3)
-    for phase, label in ((record["ed_phase"], "ED"), (record["es_phase"], "ES")):
-        if phase is not None:
-            axes.axvline(axis[phase], color="0.6", linewidth=1, zorder=0)
-            axes.annotate(label, (axis[phase], 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-    by_phase = {point["phase"]: point for point in curve}
-    jumps = [(axis[jump["phase"]], by_phase[jump["phase"]][f"{jump['structure']}_ml"]) for jump in record["jumps"]]
-    if jumps:
-        axes.plot(*zip(*jumps, strict=True), "o", color="#D55E00", fillstyle="none", markersize=10, label="jump")
-    axes.set(xlabel="time after the R wave (ms)" if timed else "phase", ylabel="volume (ml)", ylim=(0, None))
-    axes.grid(color="0.9")
-    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.04))
-    return figure
+    x = {point["phase"]: point["trigger_time_ms" if timed else "phase"] for point in curve}
+    marks = ((record["ed_phase"], "ED"), (record["es_phase"], "ES"))
+    return {
+        "axis": "time after the R wave (ms)" if timed else "phase",
+        "x": list(x.values()),
+        "volumes": {name: [point[f"{name}_ml"] for point in curve] for name in ("LV", "RV", "LVM")},
+        "marks": [{"x": x[number], "label": label} for number, label in marks if number is not None],
+        "jumps": [{"x": x[jump["phase"]], "structure": jump["structure"]} for jump in record["jumps"]],
+        "here": x[phase],
+    }
 
 
 def describe_cine(record: Mapping[str, Any]) -> str:

@@ -1,102 +1,147 @@
-"""Pictures of the slices with flagged regions: the image and the uncertainty map, side by side.
+"""The slices of a case as layers that a page puts on top of one another: image, uncertainty map, contours, regions.
 
 Display: the first array axis runs to the right and the second one down, as the scanner shows a slice. An axis
 that the affine says is mirrored against that (toward the patient's right, front or head) is turned round. So
 ACDC's files, and files of converters that mirror the rows, give the usual short-axis view: septum and RV on
 the left, anterior wall above, diaphragm below.
+
+Contours and regions are in quarters of a pixel from the view's upper left corner (`GRID`), all of them integers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PatchCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.colors import to_hex
+from PIL import Image
+from skimage.measure import find_contours
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_file
+from cardiac_qc_plugin.transforms.regions import flagged_region_map, read_regions
+from cardiac_qc_plugin.workflows.files import Volume, read_volume
 
-__all__ = ["CONTOURS", "FLAG_COLOR", "MAP_COLORS", "MAP_NAMES", "MAP_TOP", "regions_by_slice", "write_pictures"]
+__all__ = ["GRID", "MAP_TOP", "Sheet", "draw_sheet", "map_colors", "operating_grid"]
 
-# Color and dashes (points on, off) of each class's contour; the colors stay apart for the color-blind
-CONTOURS = {"RV": ("#56B4E9", (4, 1.5)), "LVM": ("#F0E442", ()), "LV": ("#00D9A3", (1.2, 1.2))}
-FLAG_COLOR = "#FF5A36"
-MAP_NAMES = {"bmap": "b-map", "emap": "e-map"}
-MAP_COLORS = "viridis"
+GRID = 4  # units of a contour in a pixel
 MAP_TOP = 0.5  # both maps reach it where two of the four classes are equally likely
-GRAYS = colormaps["gray"].resampled(64)  # a third off the file, and no difference to be seen
-BACKGROUND = "#14171C"
-PANEL_WIDTH, GAP, DPI = 380, 6, 100  # pixels, pixels, pixels per inch
+MAP_STEPS = 32
+SIDE = 320  # pixels, the longer side of a slice's picture where the scan has fewer
+LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, *(round(0.8 + 0.01 * k, 2) for k in range(20)), 0.995, 0.999]
 
 
-def regions_by_slice(qc: Mapping[str, Any]) -> dict[int, list[Mapping[str, Any]]]:
-    """The flagged regions of a ``qc.json`` by slice (from 0, ascending)."""
-    slices: dict[int, list[Mapping[str, Any]]] = {}
-    for region in sorted(qc["detection"]["regions"], key=lambda region: region["slice"]):
-        slices.setdefault(region["slice"], []).append(region)
-    return slices
+@dataclass(frozen=True)
+class Sheet:
+    """All slices of a case, in one view.
+
+    Attributes:
+        size: pixels of the view, to the right and down.
+        aspect: its width in mm divided by its height.
+        slices: of each slice ``image`` and ``map`` (data URIs), ``contours`` (SVG path by class) and ``regions``.
+        grid: thresholds that a reader may choose from, ascending; the operating point is one of them.
+        regions: how many regions reach each threshold.
+        flagged_slices: how many slices have one that does.
+    """
+
+    size: tuple[int, int]
+    aspect: float
+    slices: list[dict[str, Any]]
+    grid: list[float]
+    regions: list[int]
+    flagged_slices: list[int]
 
 
-def write_pictures(folder: Path) -> list[Path]:
-    """Draw each slice with a flagged region to ``<folder>/review/slice07.png`` (slices counted from 1).
-
-    Pictures that are all younger than ``qc.json`` are left as they are; those of other slices, from an earlier run,
-    are removed.
+class View:
+    """The surroundings of all crops of the detector, turned as a slice is displayed.
 
     Args:
-        folder: a case folder with ``qc.json``, the segmentation and the map that the detection used. The image is
-            read from where ``qc.json`` says that the input lies.
+        boxes: the crops, by slice.
+        margin: pixels to show around them.
+        scan: the scan.
+    """
 
-    Returns:
-        The pictures, by slice.
+    def __init__(self, boxes: Sequence[Sequence[int]], margin: int, scan: Volume) -> None:
+        first, last = np.min(boxes, axis=0) - margin, np.max(boxes, axis=0) + margin
+        self.starts = [int(max(first[axis], 0)) for axis in (0, 2)]
+        self.stops = [int(min(last[axis], length)) for axis, length in zip((1, 3), scan.data.shape[:2], strict=True)]
+        self.mirrored = [code in ("R", "A", "S") for code in nib.aff2axcodes(scan.image.affine)[:2]]
+        self.size = tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+        self.size_mm = tuple(length * mm for length, mm in zip(self.size, scan.spacing[:2], strict=True))
+
+    def crop(self, volume: np.ndarray) -> np.ndarray:
+        """(H, W, D) to (width, height, D) as displayed."""
+        edges = zip(self.starts, self.stops, strict=True)
+        step = (slice(None, None, -1 if mirrored else 1) for mirrored in self.mirrored)
+        return volume[tuple(slice(*pair) for pair in edges)][tuple(step)]
+
+    def place(self, region: Mapping[str, Any]) -> dict[str, int]:
+        """Corner and size of a region, a quarter pixel within its pixels, so that neighbors stay apart."""
+        placed = {}
+        for axis, side, low, high in ((0, "width", "row0", "row1"), (1, "height", "col0", "col1")):
+            first, length = region[low] - self.starts[axis], region[high] - region[low]
+            corner = self.size[axis] - first - length if self.mirrored[axis] else first
+            placed |= {"xy"[axis]: GRID * corner + 1, side: GRID * length - 2}
+        return placed
+
+
+def operating_grid(threshold: float) -> list[float]:
+    """The thresholds of the slider, with the operating point among them."""
+    return sorted({*LEVELS, threshold})
+
+
+def map_colors() -> list[tuple[int, int, int, int]]:
+    """Colors (RGBA, 0 to 255) of the uncertainty map from 0 to `MAP_TOP`: purple to white, which no line has."""
+    shares = np.linspace(0, 1, MAP_STEPS)
+    colors = np.array(colormaps["RdPu_r"](shares))
+    colors[:, 3] = np.minimum(4 * shares, 0.95)
+    return [tuple(color) for color in (255 * colors).round().astype(int).tolist()]
+
+
+def map_hex() -> list[str]:
+    """The same for CSS."""
+    return [to_hex([part / 255 for part in color], keep_alpha=True) for color in map_colors()]
+
+
+def draw_sheet(folder: Path, qc: Mapping[str, Any]) -> Sheet:
+    """Draw all slices of a case.
+
+    Args:
+        folder: the case's folder, with the segmentation, the map that the detection used, and the failure
+            probability.
+        qc: content of its ``qc.json``; the image is read from where it says that the input lies.
 
     Raises:
-        ValueError: if a file is missing or damaged, or the files differ in shape.
+        ValueError: if a file is missing or damaged, or the files differ in shape; the message names the file.
     """
-    record = folder / "qc.json"
-    qc = read_json(record)
-    slices = regions_by_slice(qc)
-    pictures = {index: folder / "review" / f"slice{index + 1:02d}.png" for index in slices}
-    for stale in set((folder / "review").glob("slice*.png")).difference(pictures.values()):
-        stale.unlink()
-    made = record.stat().st_mtime_ns
-    if not all(path.is_file() and path.stat().st_mtime_ns > made for path in pictures.values()):
-        for index, figure in _draw_slices(folder, qc, slices):
-            write_file(pictures[index], FigureCanvasAgg(figure).print_png)
-    return list(pictures.values())
-
-
-def _draw_slices(
-    folder: Path, qc: Mapping[str, Any], slices: Mapping[int, list[Mapping[str, Any]]]
-) -> Iterator[tuple[int, Figure]]:
-    """Figures of the flagged slices, with their indices."""
     detection = qc["detection"]
     scan = read_volume(qc["input"]["path"], qc["input"]["frame"])
-    labels = _read_like(folder / "segmentation.nii.gz", scan.data)
-    uncertainty = _read_like(folder / MAP_FILES[detection["map"]], scan.data)
-    dark, bright = np.percentile(scan.data, (1, 99))
-    gray = {"cmap": GRAYS, "vmin": dark, "vmax": bright, "interpolation": "bicubic"}
-    viridis = {"cmap": MAP_COLORS, "vmin": 0, "vmax": MAP_TOP, "interpolation": "nearest"}
-    mirrored = [code in ("R", "A", "S") for code in nib.aff2axcodes(scan.image.affine)[:2]]
-    for index, regions in slices.items():
-        figure = Figure(facecolor=BACKGROUND, dpi=DPI)
-        view = _view(detection["boxes"][index], detection["region_size"], labels.shape)
-        left, right = _panels(figure, view, scan.spacing, mirrored)
-        left.imshow(scan.data[..., index].T, aspect="auto", **gray)
-        right.imshow(uncertainty[..., index].T, aspect="auto", **viridis)
-        _draw_contours(left, labels[..., index])
-        titles = f"slice {index + 1} of {labels.shape[2]}", MAP_NAMES[detection["map"]]
-        for panel, title in zip((left, right), titles, strict=True):
-            _draw_regions(panel, regions, detection["threshold"])
-            _draw_title(panel, title)
-        yield index, figure
+    files = "segmentation.nii.gz", MAP_FILES[detection["map"]], "failure_probability.nii.gz"
+    labels, uncertainty, probability = (_read_like(folder / name, scan.data) for name in files)
+    view = View(detection["boxes"], detection["region_size"], scan)
+    grid = operating_grid(detection["threshold"])
+    regions = _regions(probability, detection, grid)
+    levels = np.array([region["level"] for region in regions], int)
+    by_slice = np.zeros(labels.shape[2], int)  # the highest level on each slice
+    np.maximum.at(by_slice, [region["slice"] for region in regions], levels)
+    images, maps, shown = _grays(view, scan.data), _maps(view.crop(uncertainty)), view.crop(labels)
+    slices = [
+        {
+            "image": images[z],
+            "map": maps[z],
+            "contours": {name: _path(shown[..., z] == label) for label, name in CLASS_NAMES.items()},
+            "regions": [region | view.place(region) for region in regions if region["slice"] == z],
+        }
+        for z in range(labels.shape[2])
+    ]
+    steps = np.arange(len(grid))
+    counts = ((reached[:, None] > steps).sum(axis=0).tolist() for reached in (levels, by_slice))
+    return Sheet(view.size, view.size_mm[0] / view.size_mm[1], slices, grid, *counts)
 
 
 def _read_like(path: Path, scan: np.ndarray) -> np.ndarray:
@@ -106,53 +151,59 @@ def _read_like(path: Path, scan: np.ndarray) -> np.ndarray:
     return array
 
 
-def _view(box: Sequence[int], margin: int, shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Rows and columns to show: the detector's box with a margin, inside the image (stops excluded)."""
-    row0, row1, col0, col1 = box
-    rows = max(row0 - margin, 0), min(row1 + margin, shape[0])
-    cols = max(col0 - margin, 0), min(col1 + margin, shape[1])
-    return *rows, *cols
+def _regions(painted: np.ndarray, detection: Mapping[str, Any], grid: Sequence[float]) -> list[dict[str, Any]]:
+    """Regions that reach the lowest threshold, the most probable failure first, with ``level``: how many they reach.
+
+    Compared in single precision, as the regions were flagged.
+    """
+    boxes, size = detection["boxes"], detection["region_size"]
+    cells = [read_regions(painted[..., z], box, size) for z, box in enumerate(boxes)]
+    _, regions = flagged_region_map(cells, boxes, painted.shape, grid[0], size)
+    probabilities = np.array([region["probability"] for region in regions], painted.dtype)
+    levels = sum((probabilities >= threshold).astype(int) for threshold in grid)
+    return [region | {"level": level} for region, level in zip(regions, levels.tolist(), strict=True)]
 
 
-def _panels(
-    figure: Figure, view: tuple[int, int, int, int], spacing: Sequence[float], mirrored: Sequence[bool]
-) -> list[Axes]:
-    """Two panels in array coordinates (x: first axis, y: second axis), to scale in mm; sizes the figure."""
-    row0, row1, col0, col1 = (edge - 0.5 for edge in view)
-    width = 2 * PANEL_WIDTH + GAP
-    height = round(PANEL_WIDTH * (col1 - col0) * spacing[1] / ((row1 - row0) * spacing[0]))
-    figure.set_size_inches(width / DPI, height / DPI)
-    panels = []
-    for start in (0, PANEL_WIDTH + GAP):
-        panel = figure.add_axes((start / width, 0, PANEL_WIDTH / width, 1))
-        panel.set_axis_off()
-        panel.set_autoscale_on(False)
-        panel.set_xlim((row1, row0) if mirrored[0] else (row0, row1))
-        panel.set_ylim((col0, col1) if mirrored[1] else (col1, col0))
-        panels.append(panel)
-    return panels
-
-
-def _draw_contours(panel: Axes, labels: np.ndarray) -> None:
-    """A contour in each class of a slice (H, W), a quarter pixel within it, so that neighbors stay apart."""
-    for label, name in CLASS_NAMES.items():
-        mask = labels == label
-        if mask.any():
-            color, dashes = CONTOURS[name]
-            contour = panel.contour(mask.T, levels=[0.75], colors=[color], linewidths=1.4)
-            contour.set_linestyle((0, dashes) if dashes else "solid")
-
-
-def _draw_regions(panel: Axes, regions: Sequence[Mapping[str, Any]], threshold: float) -> None:
-    """Frame the flagged cells, each within its pixels: the more probable a failure, the wider the line."""
-    cells = [
-        Rectangle((r["row0"] - 0.2, r["col0"] - 0.2), r["row1"] - r["row0"] - 0.6, r["col1"] - r["col0"] - 0.6)
-        for r in regions
+def _grays(view: View, scan: np.ndarray) -> list[str]:
+    """Slices between the 1st and the 99th percentile of the scan, on square pixels."""
+    dark, bright = np.percentile(scan, (1, 99))
+    scaled = np.clip((view.crop(scan).astype(np.float32) - dark) / max(bright - dark, 1e-6), 0, 1)
+    width, height = view.size_mm
+    scale = max(SIDE, *view.size) / max(width, height)
+    size = round(width * scale), round(height * scale)
+    uint8 = (255 * scaled).round().astype(np.uint8)
+    return [
+        _uri(Image.fromarray(uint8[..., z].T).resize(size, Image.Resampling.BICUBIC), "webp", quality=75, method=2)
+        for z in range(uint8.shape[2])
     ]
-    widths = [1.2 + 1.6 * (r["probability"] - threshold) / max(1 - threshold, 1e-6) for r in regions]
-    panel.add_collection(PatchCollection(cells, facecolor="none", edgecolor=FLAG_COLOR, linewidth=widths))
 
 
-def _draw_title(panel: Axes, title: str) -> None:
-    shade = {"facecolor": BACKGROUND, "edgecolor": "none", "alpha": 0.65, "pad": 3}
-    panel.text(0.015, 0.98, title, transform=panel.transAxes, color="white", fontsize=10, va="top", bbox=shade)
+def _maps(uncertainty: np.ndarray) -> list[str]:
+    """Slices of the map in `MAP_STEPS` colors, a pixel for each of the scan's."""
+    colors = np.array(map_colors(), np.uint8)
+    steps = (np.clip(uncertainty / MAP_TOP, 0, 1) * (MAP_STEPS - 1)).round().astype(np.uint8)
+    pictures = []
+    for z in range(steps.shape[2]):
+        picture = Image.fromarray(steps[..., z].T)
+        picture.putpalette(colors[:, :3].tobytes())
+        pictures.append(_uri(picture, "png", transparency=colors[:, 3].tobytes()))
+    return pictures
+
+
+def _uri(picture: Image.Image, kind: str, **options: Any) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _path(mask: np.ndarray) -> str:
+    """Contours of a mask (width, height) as an SVG path, a quarter pixel within it, so that neighbors stay apart."""
+    parts = []
+    for contour in find_contours(np.pad(mask, 1).astype(np.float32), 0.75):
+        points = (GRID * (contour[:-1] - 0.5)).round().astype(int)  # -1 for the padding, + 1/2 for the pixel's corner
+        steps = np.roll(points, -1, axis=0) - points
+        turns = (np.roll(steps, 1, axis=0) * steps[:, ::-1]) @ (1, -1) != 0
+        corners = points[turns]
+        moves = np.diff(corners, axis=0).ravel()
+        parts.append(f"M{corners[0, 0]} {corners[0, 1]}l{' '.join(map(str, moves.tolist()))}z")
+    return "".join(parts)

@@ -20,9 +20,8 @@ from cardiac_qc_plugin.metrics.clinical import (
     volume_jumps,
 )
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.reports.cine import draw_volumes
 
-from .files import read_json, write_file, write_json, write_text
+from .files import read_json, write_json, write_text
 from .references import patient_and_phase
 
 __all__ = ["Cine", "choose_phases", "group_cines", "index_intervals", "named_indices", "plan_phases", "write_cines"]
@@ -143,7 +142,7 @@ def plan_phases(cine: Cine, made_of: str) -> Given:
 
 
 def write_cines(cines: Sequence[Cine], output: Path, chosen: Mapping[str, Given]) -> list[dict[str, Any]]:
-    """Write each cine's ``cine.json``, ``volumes.csv`` and ``cine.png``, and ``indices.csv`` over all of them.
+    """Write each cine's ``cine.json`` and ``volumes.csv``, and ``indices.csv`` over all of them.
 
     Args:
         cines: see :func:`group_cines`.
@@ -159,7 +158,6 @@ def write_cines(cines: Sequence[Cine], output: Path, chosen: Mapping[str, Given]
         write_json(cine.folder / "cine.json", record)
         if len(cine.phases) > 2:
             write_rows(cine.folder / "volumes.csv", record["curve"])
-            write_file(cine.folder / "cine.png", draw_volumes(record).savefig)
         records.append(record)
     if records:
         write_rows(output / "indices.csv", [table_row(record) for record in records])
@@ -180,6 +178,7 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
     subject = cine.subject()
     record = {
         "case": cine.name,
+        "cases": [qc["case"] for qc in cine.phases.values()],
         "ed_phase": chosen[0],
         "es_phase": chosen[1],
         "ed_es": "given" if chosen == cine.given else "found from the LV volume",

@@ -23,8 +23,7 @@ from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
 from cardiac_qc_plugin.metrics.plausibility import plausibility
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.reports import write_report
-from cardiac_qc_plugin.reports.pictures import write_pictures
+from cardiac_qc_plugin.reports import PAGE, write_case, write_report
 from cardiac_qc_plugin.transforms.spatial import spacing_of
 
 from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines
@@ -174,6 +173,7 @@ class CaseRecord:
         for stage in later:
             for file, _ in STAGES[stage].values():
                 (self.folder / file).unlink(missing_ok=True)
+        (self.folder / PAGE).unlink(missing_ok=True)
 
     def complete(self, entries: dict[str, Any]) -> dict[str, Any]:
         """Add what does not belong to a stage, and write if that changes the file."""
@@ -219,7 +219,7 @@ def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predict
         return record.complete(basics)
     detection = record.stage("detection", keys["detection"], detector, lambda: detect(folder, image, volume, detector))
     qc = record.complete({**basics, "scores": scores(segmentation, detection)})
-    write_pictures(folder)
+    write_case(folder)
     return qc
 
 
@@ -342,6 +342,7 @@ def run(
     failures: Sequence[tuple[str, str]] = (),
     preview: Predictors | None = None,
     given: Given = (None, None),
+    skipped: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Segment scans, detect failures in them, and write the worklist and the report.
 
@@ -358,6 +359,7 @@ def run(
         preview: bundles for the phases of cines other than end-diastole and end-systole: those with the e-map, say,
             which costs one pass instead of many. They segment all phases first, to find the two.
         given: phase numbers of end-diastole and end-systole of all cines, to be found where None.
+        skipped: what was left out of the input and why, for the report.
 
     Returns:
         The content of each finished case's ``qc.json``, in the order of the scans.
@@ -383,7 +385,7 @@ def run(
     if detector is not None:
         cases = comparable(cases)
         write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
-        write_report(output, cases, failures, records)
+        write_report(output, cases, failures, records, skipped)
     if failures:
         raise CaseFailures(failures, cases)
     return cases

@@ -100,7 +100,7 @@ def test_files_of_a_case(scan, predictors, tmp_path):
         assert region["probability"] >= qc["detection"]["threshold"]
     row = pd.read_csv(tmp_path / "worklist.csv").iloc[0]
     assert row["case"] == "oblique" and row["regions_flagged"] == len(regions)
-    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "oblique" / "report.html").is_file()
 
 
 def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_path):
@@ -149,7 +149,8 @@ def test_results_of_a_scan_that_broke_meanwhile_are_removed(predictors, tmp_path
     source.write_text("no image")
     with pytest.raises(CaseFailures):
         run(find_scans(source), tmp_path / "out", *predictors)
-    assert not (tmp_path / "out" / "scan" / "segmentation.nii.gz").exists()
+    for name in ("segmentation.nii.gz", "report.html"):
+        assert not (tmp_path / "out" / "scan" / name).exists()
 
 
 def test_a_structure_that_no_sample_found_is_urgent():
