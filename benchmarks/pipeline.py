@@ -59,7 +59,7 @@ def timed_stages(predictors: workflow.Predictors, timer: Timer):
         "read": ("read_volume", "file_sha256"),
         "write": ("write_maps", "write_json"),
         "measure": ("structure_volumes", "slice_levels", "plausibility", "sample_volumes"),
-        "pictures": ("write_pictures",),
+        "pages of cases": ("write_case",),
         "report": ("write_report", "write_worklist"),
     }
     places = [(workflow, name, stage) for stage, names in functions.items() for name in names]
