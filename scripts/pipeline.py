@@ -11,6 +11,7 @@
     python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
     python scripts/pipeline.py reproduce --data DIR --output DIR [--dry_run]
     python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
+    python scripts/pipeline.py effort   --predictions DIR --reference DIR --output DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -252,6 +253,31 @@ def evaluate(
     _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
 
 
+def effort(
+    predictions: str,
+    reference: str,
+    output: str,
+    compare_map: tuple | str = (),
+    seeds: int = 10,
+    criterion: str = "paper",
+    apex: str = "last",
+) -> None:
+    """Measure what reviewing regions gains: Dice and Hausdorff distance against regions reviewed per patient.
+
+    Args:
+        predictions: output folder of run.
+        reference: folder with reference labels.
+        output: folder for the curves, the figure and the summary.
+        compare_map: output folder of run with another map, or several with commas, drawn beside.
+        seeds: random orders.
+        criterion: which errors are failures, paper or released_code.
+        apex: end of the slice axis at which the apex lies, last or first.
+    """
+    from cardiac_qc_plugin.workflows.effort import effort as effort_workflow
+
+    _finish(effort_workflow(predictions, reference, output, _listed(compare_map), seeds, criterion, apex))
+
+
 def dicom_seg(predictions: str, dicom: str) -> None:
     """Write segmentations and flagged regions as DICOM Segmentation objects, beside the NIfTI files.
 
@@ -447,6 +473,7 @@ def main() -> None:
         "fold_to_bundle": fold_to_bundle,
         "reproduce": reproduce,
         "dicom_seg": dicom_seg,
+        "effort": effort,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

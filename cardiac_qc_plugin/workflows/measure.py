@@ -114,7 +114,7 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     segmentation = read_labels(folder / "segmentation.nii.gz")
     reference = read_reference(reference_path, segmentation)
     maps = {
-        name: _read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
+        name: read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
     }
     qc_path = folder / "qc.json"
     qc = read_json(qc_path) if qc_path.is_file() else {}
@@ -141,7 +141,7 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     )
 
 
-def _read_map(path: Path, segmentation: Volume) -> np.ndarray:
+def read_map(path: Path, segmentation: Volume) -> np.ndarray:
     values = read_volume(path).data
     if values.shape != segmentation.data.shape or not np.isfinite(values).all():
         raise ValueError(
@@ -161,7 +161,7 @@ def _detection(
             f"{qc_path}: 'detection' needs threshold, region_size and one of boxes for each of the "
             f"{segmentation.data.shape[2]} slices; missing: {missing or 'boxes'}. Run this case again."
         )
-    painted = _read_map(qc_path.with_name("failure_probability.nii.gz"), segmentation)
+    painted = read_map(qc_path.with_name("failure_probability.nii.gz"), segmentation)
     failures = {
         name: failure_mask(segmentation.data, reference, segmentation.spacing[:2], name, apex) for name in CRITERIA
     }
