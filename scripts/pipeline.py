@@ -13,6 +13,7 @@
     python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
     python scripts/pipeline.py effort   --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py calibrate --predictions DIR --reference DIR --output FILE
+    python scripts/pipeline.py compare_expert --predictions DIR --expert DIR --reference DIR --output DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -327,6 +328,21 @@ def calibrate(
     _finish(workflow(predictions, reference, output, source, criterion, apex, check, test))
 
 
+def compare_expert(predictions: str, expert: str, reference: str, output: str, on_outside: str = "error") -> None:
+    """Compare segmentations, their simulated and an expert's correction, beside the paper's Table IV.
+
+    Args:
+        predictions: output folder of run.
+        expert: folder with the expert's masks, or output of correct --edited; cases without one are left out.
+        reference: folder with reference labels.
+        output: folder for the tables.
+        on_outside: edits outside flagged regions are an error, or dropped and counted (drop).
+    """
+    from cardiac_qc_plugin.workflows.compare_expert import compare_expert as workflow
+
+    _finish(workflow(predictions, expert, reference, output, on_outside))
+
+
 def dicom_seg(predictions: str, dicom: str) -> None:
     """Write segmentations and flagged regions as DICOM Segmentation objects, beside the NIfTI files.
 
@@ -524,6 +540,7 @@ def main() -> None:
         "dicom_seg": dicom_seg,
         "effort": effort,
         "calibrate": calibrate,
+        "compare_expert": compare_expert,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

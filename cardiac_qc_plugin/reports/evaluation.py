@@ -182,7 +182,7 @@ def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
         [f"{METRICS[cell['metric']][0]} {cell['structure']} {cell['phase']}"]
         + [_spread(cell[side], METRICS[cell["metric"]][1]) for side in ("before", "after")]
         + [number(cell["mean_difference"], 3)]
-        + [_p_value(cell[key]) for key in ("mann_whitney_p", "wilcoxon_p")]
+        + [p_value(cell[key]) for key in ("mann_whitney_p", "wilcoxon_p")]
         + [f"{cell['n']}", f"{cell['n_excluded']}"]
         for cell in comparison["cells"]
         if cell["metric"] in shown
@@ -235,7 +235,7 @@ def _spread(entry: Mapping[str, float | None], digits: int) -> str:
     return f"{number(entry['mean'], digits)} ± {number(entry['sd'], digits)}"
 
 
-def _p_value(value: float | None) -> str:
+def p_value(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
