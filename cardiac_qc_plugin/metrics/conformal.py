@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["InfeasibleRisk", "control_risk", "smallest_risk"]
+__all__ = ["InfeasibleRisk", "control_risk"]
 
 TIE = 1e-9  # 1 - 0.9 is a little less than 0.1
 
@@ -44,19 +44,6 @@ def control_risk(losses: ArrayLike, alpha: float, bound: float = 1.0) -> int:
         InfeasibleRisk: if even the most cautious setting cannot promise it.
         ValueError: if the losses are not of that kind.
     """
-    risk = _corrected_risk(losses, bound)
-    if risk[-1] > alpha + TIE:
-        raise InfeasibleRisk(alpha, float(risk[-1]), len(losses))
-    return int(np.argmax(risk <= alpha + TIE))
-
-
-def smallest_risk(losses: ArrayLike, bound: float = 1.0) -> float:
-    """The smallest mean loss that `control_risk` can promise with these losses; never below bound / (n + 1)."""
-    return float(_corrected_risk(losses, bound)[-1])
-
-
-def _corrected_risk(losses: ArrayLike, bound: float) -> np.ndarray:
-    """The mean loss at each setting as if one more patient had the largest loss there is, shape (K,)."""
     losses = np.asarray(losses, dtype=float)
     if losses.ndim != 2 or not losses.size:
         raise ValueError(f"losses have to be (patients, settings), got shape {losses.shape}.")
@@ -64,4 +51,7 @@ def _corrected_risk(losses: ArrayLike, bound: float) -> np.ndarray:
         raise ValueError(f"A loss is outside [0, {bound}].")
     if (np.diff(losses, axis=1) > TIE).any():
         raise ValueError("A loss rises from one setting to the next, more cautious one.")
-    return (losses.sum(axis=0) + bound) / (len(losses) + 1)
+    risk = (losses.sum(axis=0) + bound) / (len(losses) + 1)  # as if one more patient had the largest loss there is
+    if risk[-1] > alpha + TIE:
+        raise InfeasibleRisk(alpha, float(risk[-1]), len(losses))
+    return int(np.argmax(risk <= alpha + TIE))

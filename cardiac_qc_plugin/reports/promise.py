@@ -15,13 +15,13 @@ def promise_text(promise: Any) -> str:
         promise: a `cardiac_qc_plugin.workflows.calibrate.Promise`.
     """
     found = (
-        f"regions of probability {promise.threshold:.4f} or more are flagged. Of {promise.n_patients} patients "
-        f"({promise.source}) that caught {promise.caught:.1%} of the failure voxels with "
+        f"regions of probability {promise.threshold:.4f} or more are flagged. In {promise.n_patients} patients "
+        f"({promise.source}) that caught {100 * promise.caught:.1f} % of the failure voxels with "
         f"{promise.regions_per_patient:.1f} regions per patient."
     )
     if promise.kind == "catch":
-        return f"Promise: {promise.target:.0%} of a patient's failure voxels, on average; {found}"
-    return f"Promise: at most {promise.target:g} regions, in {promise.probability:.0%} of patients; {found}"
+        return f"Promise: {100 * promise.target:g} % of a patient's failure voxels, on average; {found}"
+    return f"Promise: at most {promise.target:g} regions, in {100 * promise.probability:g} % of patients; {found}"
 
 
 def calibration_text(
@@ -45,7 +45,8 @@ def calibration_text(
     parts = [
         f"Calibration for the {calibration.model} and the {NAMES[calibration.map]} on {len(calibration.patients)} "
         f"patients ({calibration.source}), {without} of them without a failure. {done}",
-        "\n".join(f"- {promise if isinstance(promise, str) else promise_text(promise)}" for promise in promises),
+        *_made([promise for promise in promises if not isinstance(promise, str)]),
+        *(promise for promise in promises if isinstance(promise, str)),
     ]
     if rows:
         lines = [
@@ -61,7 +62,18 @@ def calibration_text(
     return "\n\n".join(parts) + "\n"
 
 
+def _made(promises: Sequence[Any]) -> list[str]:
+    """What can be promised, and what that means for these patients."""
+    lines = [
+        [_asked({"kind": p.kind, "target": p.target}), f"{p.threshold:.4f}"]
+        + [number(p.caught, 1, 100), number(p.regions_per_patient, 1)]
+        for p in promises
+    ]
+    header = ["promise", "threshold", "failure voxels caught (%)", "regions per patient"]
+    return [table(header, lines)] if lines else []
+
+
 def _asked(row: Mapping[str, Any]) -> str:
     if row["kind"] == "catch":
-        return f"catch {row['target']:.0%} of the failure voxels"
+        return f"catch {100 * row['target']:g} % of the failure voxels"
     return f"no more than {row['target']:g} regions"

@@ -31,11 +31,11 @@ from cardiac_qc_plugin.workflows.references import (
 __all__ = ["Calibration", "Promise", "calibrate", "promised_threshold", "read_calibration"]
 
 # fixed beforehand, as the promise needs it; even in log-odds, where the detector's probabilities crowd at both ends
-THRESHOLDS = (0.0, *(1 / (1 + np.exp(-np.linspace(-10, 10, 201)))).round(7).tolist(), 1.0)
+THRESHOLDS = (0.0, *(1 / (1 + np.exp(-np.linspace(-6, 8, 281)))).round(6).tolist(), 1.0)
 WITHIN_BUDGET = 0.9  # share of patients that `regions_per_patient` is kept for
 ASKED = (
     *(("catch", share) for share in (0.8, 0.9, 0.95)),
-    *(("regions_per_patient", regions) for regions in (10, 20, 50)),
+    *(("regions_per_patient", regions) for regions in (5, 20, 50)),
 )
 SPLITS = 1000
 

@@ -204,7 +204,7 @@ def test_run_flags_by_the_promise_and_records_it(bundles, tmp_path):
     root, _, calibration = bundles
     result = run_command(root, tmp_path, "--catch", 0.9)
     assert result.returncode == 0, result.stderr
-    assert "Promise: 90% of a patient's failure voxels" in result.stdout
+    assert "Promise: 90 % of a patient's failure voxels" in result.stdout
     qc = json.loads((tmp_path / "scan" / "qc.json").read_text())
     assert qc["promise"]["threshold"] == qc["detection"]["threshold"] == calibration.promise_catch(0.9).threshold
     assert (qc["promise"]["kind"], qc["promise"]["target"], qc["promise"]["source"]) == ("catch", 0.9, "numbers")
