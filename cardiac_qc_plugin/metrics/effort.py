@@ -141,7 +141,8 @@ class ReviewedVolume:
         labels, changed = self.prediction.copy(), set(CLASS_NAMES)
         result, current = np.empty((len(counts), len(CLASS_NAMES))), np.empty(len(CLASS_NAMES))
         for row, (done, count) in enumerate(pairwise([0, *counts])):
-            for number in order[done:count]:
+            todo = order[done:count]
+            for number in todo[self.wrong[todo] > 0]:
                 region = self.regions[number]
                 old, new = labels[region], self.reference[region]
                 wrong = old != new
