@@ -13,7 +13,7 @@ from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
 from .checkpoints import check_version, load_weights
 
-__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle", "load_models", "load_segmenter"]
+__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle", "load_detector", "load_models", "load_segmenter"]
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 
@@ -58,6 +58,7 @@ class BundlePredictor:
         version: version in the bundle's metadata.
         digest: digest of configuration, overrides and weights: equal digests give equal results.
         weights_sha256: digest of the weights.
+        promise: what is promised of a detector's threshold, for the record; None for the bundle's operating point.
 
     Raises:
         ValueError: for an override that the config does not have, a bundle of another version, or weights that are
@@ -67,6 +68,7 @@ class BundlePredictor:
     def __init__(self, folder: str | Path, device: str = "auto", **overrides: Any) -> None:
         folder = Path(folder)
         self.name = folder.name
+        self.promise: dict[str, Any] | None = None
         self.config = ConfigParser()
         config_file = folder / "configs" / "inference.json"
         self.config.read_config(str(config_file))
@@ -207,7 +209,13 @@ def load_models(
     """
     if map == "bmap" and samples < 2:
         raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
-    segmenter = load_segmenter(model, map, samples, device, root)
+    return load_segmenter(model, map, samples, device, root), load_detector(model, map, device, root, threshold)
+
+
+def load_detector(
+    model: str, map: str, device: str = "auto", root: str | Path | None = None, threshold: float | None = None
+) -> BundlePredictor:
+    """The failure bundle with the detector for a network and a map; arguments and errors as :func:`load_models`."""
     folder = find_bundle("cardiac_segmentation_failure", root)
     available = json.loads((folder / "configs" / "inference.json").read_text())["detectors"]
     if f"{model}_{map}" not in available:
@@ -216,4 +224,4 @@ def load_models(
             "Train one with the bundle's train.json."
         )
     settings = {} if threshold is None else {"threshold": threshold}
-    return segmenter, BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)
+    return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)

@@ -11,6 +11,9 @@
     python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
     python scripts/pipeline.py reproduce --data DIR --output DIR [--dry_run]
     python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
+    python scripts/pipeline.py effort   --predictions DIR --reference DIR --output DIR
+    python scripts/pipeline.py calibrate --predictions DIR --reference DIR --output FILE
+    python scripts/pipeline.py compare_expert --predictions DIR --expert DIR --reference DIR --output DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -72,6 +75,9 @@ def run(
     es: int | None = None,
     device: str = "auto",
     threshold: float | None = None,
+    catch: float | None = None,
+    regions_per_patient: float | None = None,
+    calibration: str | None = None,
     root: str | None = None,
     fold: int | None = None,
     series: int | tuple[int, ...] | None = None,
@@ -93,6 +99,9 @@ def run(
         es: the same for end-systole.
         device: auto, cpu, cuda, cuda:1, ...
         threshold: failure probability from which a region is flagged, instead of the bundle's operating point.
+        catch: share of a patient's failure voxels to catch on average, 0.9 say: sets the threshold, with a promise.
+        regions_per_patient: flagged regions that nine patients in ten must not exceed: sets the threshold as well.
+        calibration: file that calibrate wrote, for the promise; by default the one that came with the detector.
         root: folder that the paths in a datalist are relative to.
         fold: only this fold of a datalist.
         series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
@@ -100,7 +109,11 @@ def run(
             patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
     """
-    from cardiac_qc_plugin.bundle import load_models
+    from dataclasses import asdict
+
+    from cardiac_qc_plugin.bundle import load_detector, load_models
+    from cardiac_qc_plugin.reports.promise import promise_text
+    from cardiac_qc_plugin.workflows.calibrate import promised_threshold, write_operating_curve
     from cardiac_qc_plugin.workflows.run import CaseFailures
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
@@ -108,6 +121,16 @@ def run(
         raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
     inputs = _gather(input, output, root, fold, series, name_by)
     models = load_models(model, map, samples, device, bundle_dir, threshold)
+    known, promise = promised_threshold(*models, catch, regions_per_patient, calibration)
+    if promise is not None:
+        if threshold is not None:
+            raise ValueError(
+                "A promise sets the threshold: leave out --threshold, or --catch and --regions_per_patient."
+            )
+        models = models[0], load_detector(model, map, device, bundle_dir, promise.threshold)
+        models[1].promise = asdict(promise)
+        print(promise_text(promise))
+    write_operating_curve(output, known)
     preview = None
     if map == "bmap" and sample_phases == "ed_es":
         preview = load_models(model, "emap", 0, device, bundle_dir)
@@ -251,6 +274,74 @@ def evaluate(
     from cardiac_qc_plugin.workflows.evaluate import evaluate as evaluate_workflow
 
     _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
+
+
+def effort(
+    predictions: str,
+    reference: str,
+    output: str,
+    compare_map: tuple | str = (),
+    seeds: int = 10,
+    criterion: str = "paper",
+    apex: str = "last",
+) -> None:
+    """Measure what reviewing regions gains: Dice and Hausdorff distance against regions reviewed per patient.
+
+    Args:
+        predictions: output folder of run.
+        reference: folder with reference labels.
+        output: folder for the curves, the figure and the summary.
+        compare_map: output folder of run with another map, or several with commas, drawn beside.
+        seeds: random orders.
+        criterion: which errors are failures, paper or released_code.
+        apex: end of the slice axis at which the apex lies, last or first.
+    """
+    from cardiac_qc_plugin.workflows.effort import effort as effort_workflow
+
+    _finish(effort_workflow(predictions, reference, output, _listed(compare_map), seeds, criterion, apex))
+
+
+def calibrate(
+    predictions: str,
+    reference: str,
+    output: str,
+    source: str | None = None,
+    criterion: str = "paper",
+    apex: str = "last",
+    check: bool = False,
+    test: str | None = None,
+) -> None:
+    """Calibrate the promises of run --catch and --regions_per_patient on validation patients.
+
+    Args:
+        predictions: output folder of run on patients that neither network was trained on, with end-diastole and
+            end-systole of each.
+        reference: folder with reference labels.
+        output: the calibration file, JSON; <weights>_calibration.json beside the detector's weights is the default.
+        source: which patients these are, in words; reports repeat it.
+        criterion: which errors are failures, paper or released_code.
+        apex: end of the slice axis at which the apex lies, last or first.
+        check: print how the promises are kept in random splits of these patients.
+        test: print it for the patients of another output folder of run, with references in the same folder.
+    """
+    from cardiac_qc_plugin.workflows.calibrate import calibrate as workflow
+
+    _finish(workflow(predictions, reference, output, source, criterion, apex, check, test))
+
+
+def compare_expert(predictions: str, expert: str, reference: str, output: str, on_outside: str = "error") -> None:
+    """Compare segmentations, their simulated and an expert's correction, beside the paper's Table IV.
+
+    Args:
+        predictions: output folder of run.
+        expert: folder with the expert's masks, or output of correct --edited; cases without one are left out.
+        reference: folder with reference labels.
+        output: folder for the tables.
+        on_outside: edits outside flagged regions are an error, or dropped and counted (drop).
+    """
+    from cardiac_qc_plugin.workflows.compare_expert import compare_expert as workflow
+
+    _finish(workflow(predictions, expert, reference, output, on_outside))
 
 
 def dicom_seg(predictions: str, dicom: str) -> None:
@@ -448,6 +539,9 @@ def main() -> None:
         "fold_to_bundle": fold_to_bundle,
         "reproduce": reproduce,
         "dicom_seg": dicom_seg,
+        "effort": effort,
+        "calibrate": calibrate,
+        "compare_expert": compare_expert,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

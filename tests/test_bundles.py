@@ -19,7 +19,8 @@ from cardiac_qc_plugin.checkpoints import load_weights, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
-from cardiac_qc_plugin.workflows.files import read_volume, write_json, write_like
+from cardiac_qc_plugin.workflows.calibrate import read_calibration
+from cardiac_qc_plugin.workflows.files import file_sha256, read_volume, write_json, write_like
 
 ROOT = Path(__file__).parent.parent
 SEGMENTATION = [f"cardiac_{name}_segmentation" for name in ("dn", "drn", "unet")]
@@ -364,6 +365,23 @@ def test_operating_points_are_those_that_training_chose():
     for detector in config("cardiac_segmentation_failure", "inference")["detectors"].values():
         chosen = json.loads((folder / f"{Path(detector['weights']).stem}_operating_point.json").read_text())
         assert detector["threshold"] == chosen["threshold"]
+
+
+def test_calibrations_are_of_the_shipped_weights_and_of_unseen_patients():
+    folder = ROOT / "bundles" / "cardiac_segmentation_failure" / "models"
+    folds = config("cardiac_segmentation_failure", "acdc_folds")["training"]
+    unseen = {item["meta"]["patient"] for item in folds if item["fold"] == 0}
+    for name, detector in config("cardiac_segmentation_failure", "inference")["detectors"].items():
+        model, map = name.split("_")
+        weights = folder / detector["weights"]
+        calibration = read_calibration(folder / f"{weights.stem}_calibration.json")
+        assert (calibration.model, calibration.map) == (model, map)
+        assert set(calibration.patients) == unseen and len(calibration.patients) == len(unseen)
+        segmentation = ROOT / "bundles" / f"cardiac_{model}_segmentation" / "models" / "model.pt"
+        assert calibration.weights_sha256 == {
+            f"cardiac_{model}_segmentation": file_sha256(segmentation),
+            "cardiac_segmentation_failure": file_sha256(weights),
+        }
 
 
 @pytest.mark.parametrize("weights", sorted((ROOT / "bundles").glob("*/models/*.pt")), ids=lambda path: path.name)

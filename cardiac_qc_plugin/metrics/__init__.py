@@ -14,6 +14,7 @@ from cardiac_qc_plugin.metrics.clinical import (
     structure_volumes,
     volume_jumps,
 )
+from cardiac_qc_plugin.metrics.conformal import InfeasibleRisk, control_risk
 from cardiac_qc_plugin.metrics.detection import (
     OperatingPoint,
     PatientAveragePrecision,
@@ -51,6 +52,7 @@ __all__ = [
     "CLASS_NAMES",
     "Agreement",
     "ClinicalIndices",
+    "InfeasibleRisk",
     "MeanSd",
     "OperatingPoint",
     "PatientAveragePrecision",
@@ -66,6 +68,7 @@ __all__ = [
     "body_surface_area",
     "choose_threshold",
     "clinical_indices",
+    "control_risk",
     "dice_and_hausdorff",
     "failing_slice_percentage",
     "find_ed_es",

@@ -66,9 +66,9 @@ def _segmentation(phases: Mapping[str, Any], mean_dice: Mapping[str, Any]) -> li
     ]
     rows.append(["n (Dice, HD)", *(f"{cell['dice']['n']}, {cell['hausdorff']['n']}" for *_, cell in cells)])
     rows.append(["n missing", *(str(cell["n_missing"]) for *_, cell in cells)])
-    parts = ["## Segmentation", _table(["", *(f"{name} {phase}" for phase, name, _ in cells)], rows)]
+    parts = ["## Segmentation", table(["", *(f"{name} {phase}" for phase, name, _ in cells)], rows)]
     if mean_dice["cells"]:
-        parts.append(f"Mean of the {mean_dice['cells']} Dice means at ED and ES: {_number(mean_dice['mean'], 3)}.")
+        parts.append(f"Mean of the {mean_dice['cells']} Dice means at ED and ES: {number(mean_dice['mean'], 3)}.")
     if missing:
         parts.append("Missing: only one of the two has the structure. Dice 0, and not part of the mean HD.")
     return parts
@@ -83,24 +83,24 @@ def _clinical(indices: Mapping[str, Any], title: str) -> list[str]:
     rows = [
         [
             f"{INDICES[key][0]} ({INDICES[key][1]})",
-            _number(entry["r"], 3),
+            number(entry["r"], 3),
             _spread({"mean": entry["bias"], "sd": entry["sd"]}, 1),
-            _number(entry["mae"], 1),
+            number(entry["mae"], 1),
             f"{entry['n']}",
         ]
         for key, entry in indices.items()
     ]
-    return [f"## {title}", _table(["", "r", "bias ± SD", "MAE", "n"], rows)] if rows else []
+    return [f"## {title}", table(["", "r", "bias ± SD", "MAE", "n"], rows)] if rows else []
 
 
 def _intervals(indices: Mapping[str, Any]) -> list[str]:
     rows = [
-        [name, _number(entry["coverage"], 1, 100), _number(entry["mean_width"], 1), f"{entry['n']}"]
+        [name, number(entry["coverage"], 1, 100), number(entry["mean_width"], 1), f"{entry['n']}"]
         for name, entry in indices.items()
     ]
     note = "How often the 95 % interval from the Monte Carlo samples has the reference's value in it."
     header = ["", "covered (%)", "mean width", "n"]
-    return ["## Intervals of the clinical indices", note, _table(header, rows)] if rows else []
+    return ["## Intervals of the clinical indices", note, table(header, rows)] if rows else []
 
 
 def _detection(detection: Mapping[str, Any]) -> list[str]:
@@ -111,15 +111,15 @@ def _detection(detection: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             "slices with failures, mean per volume (%)",
-            *(_number(c["slices_failing_percent"], 1) for c in columns),
+            *(number(c["slices_failing_percent"], 1) for c in columns),
         ],
         [
             "regions with failures, mean per volume (%)",
-            *(_number(c["regions_failing_percent"], 2) for c in columns),
+            *(number(c["regions_failing_percent"], 2) for c in columns),
         ],
         ["slice AP, mean over patients", *(_spread(p["per_patient"], 3) for p in precision)],
-        ["slice AP of the mean curve", *(_number(p["mean_curve"], 3) for p in precision)],
-        ["slice AP, all slices pooled", *(_number(p["pooled"], 3) for p in precision)],
+        ["slice AP of the mean curve", *(number(p["mean_curve"], 3) for p in precision)],
+        ["slice AP, all slices pooled", *(number(p["pooled"], 3) for p in precision)],
         [
             "patients without a failing slice, so no AP",
             *(str(p["per_patient"]["n_excluded"]) for p in precision),
@@ -138,14 +138,14 @@ def _detection(detection: Mapping[str, Any]) -> list[str]:
         ("failure voxels outside the detector's crop (%)", "failure_voxels_outside", 100, 1),
     ]
     rows += [
-        [label, *(_number(point[key], digits, scale) for point in points)] for label, key, scale, digits in at_threshold
+        [label, *(number(point[key], digits, scale) for point in points)] for label, key, scale, digits in at_threshold
     ]
     thresholds = ", ".join(f"{threshold:.3g}" for threshold in detection["thresholds"])
     return [
         "## Detection of failures",
         f"{detection['n_cases']} cases; flagged means a probability of at least {thresholds}, "
         "chosen before this evaluation.",
-        _table(["criterion", *detection["criteria"]], rows),
+        table(["criterion", *detection["criteria"]], rows),
     ]
 
 
@@ -153,7 +153,7 @@ def _coverage(maps: Mapping[str, Any]) -> list[str]:
     rows = [
         [f"{NAMES[name]} {phase}"]
         + [_spread(entry[key], digits) for key, digits in (("area", 0), ("normalized_area", 3))]
-        + [_number(entry["best_normalized_area"]["mean"], 3), f"{entry['area']['n']}"]
+        + [number(entry["best_normalized_area"]["mean"], 3), f"{entry['area']['n']}"]
         for name, phases in maps.items()
         for phase, entry in phases.items()
     ]
@@ -162,18 +162,18 @@ def _coverage(maps: Mapping[str, Any]) -> list[str]:
         "Area under the risk-coverage curve of the voxels around the heart. Divided by the number of wrong "
         "voxels it is 0.5 for a map without information."
     )
-    return ["## Uncertainty and errors", note, _table(header, rows)] if rows else []
+    return ["## Uncertainty and errors", note, table(header, rows)] if rows else []
 
 
 def _scans(scores: Mapping[str, Any]) -> list[str]:
     rows = [
         [NAMES.get(name, name)]
-        + [_number(entry[key], digits) for key, digits in (("aurc", 4), ("oracle", 4), ("random", 4), ("pearson", 3))]
+        + [number(entry[key], digits) for key, digits in (("aurc", 4), ("oracle", 4), ("random", 4), ("pearson", 3))]
         + [f"{entry['n']}"]
         for name, entry in scores.items()
     ]
     header = ["score", "AURC", "oracle", "random order", "r with 1 - mean Dice", "n"]
-    return ["## Scores of whole scans", _table(header, rows)] if rows else []
+    return ["## Scores of whole scans", table(header, rows)] if rows else []
 
 
 def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
@@ -181,8 +181,8 @@ def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
     rows = [
         [f"{METRICS[cell['metric']][0]} {cell['structure']} {cell['phase']}"]
         + [_spread(cell[side], METRICS[cell["metric"]][1]) for side in ("before", "after")]
-        + [_number(cell["mean_difference"], 3)]
-        + [_p_value(cell[key]) for key in ("mann_whitney_p", "wilcoxon_p")]
+        + [number(cell["mean_difference"], 3)]
+        + [p_value(cell[key]) for key in ("mann_whitney_p", "wilcoxon_p")]
         + [f"{cell['n']}", f"{cell['n_excluded']}"]
         for cell in comparison["cells"]
         if cell["metric"] in shown
@@ -192,7 +192,7 @@ def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
     return [
         f"## Before and after: `{other}`",
         f"{comparison['n_cases']} cases. {fell}",
-        _table(header, rows),
+        table(header, rows),
         *_clinical(comparison["clinical"], "Clinical indices after, automatic - reference"),
         *_plausibility(comparison["plausibility"]),
     ]
@@ -214,10 +214,10 @@ def _plausibility(sides: Mapping[str, Any]) -> list[str]:
         if any(result["criteria"][name] for result in results)
     ]
     note = "Anatomical plausibility: slices in which a criterion is violated. See docs/cine.md for the criteria."
-    return [f"## Plausibility: {' and '.join(sides)}", note, _table(["", *sides], rows)]
+    return [f"## Plausibility: {' and '.join(sides)}", note, table(["", *sides], rows)]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its columns aligned for a terminal as well."""
     lines = [list(header), *map(list, rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
@@ -227,15 +227,15 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _number(value: float | None, digits: int, scale: float = 1) -> str:
+def number(value: float | None, digits: int, scale: float = 1) -> str:
     return "–" if value is None else f"{scale * value:.{digits}f}"
 
 
 def _spread(entry: Mapping[str, float | None], digits: int) -> str:
-    return f"{_number(entry['mean'], digits)} ± {_number(entry['sd'], digits)}"
+    return f"{number(entry['mean'], digits)} ± {number(entry['sd'], digits)}"
 
 
-def _p_value(value: float | None) -> str:
+def p_value(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

@@ -106,7 +106,7 @@ def _simulated(references: References, rule: Rule, criterion: str | None, apex: 
             failures = failure_mask(segmentation.data, reference, segmentation.spacing[:2], criterion, apex)
             notes["n_failure_voxels"] = int(failures.sum())
         if rule != "upper_bound":
-            flagged, sources["failure_regions"] = _flagged(folder, segmentation)
+            flagged, sources["failure_regions"] = read_flagged(folder, segmentation)
             notes["n_regions_flagged"] = _n_regions(flagged)
         return simulate_correction(segmentation.data, reference, flagged, failures, rule), notes, sources
 
@@ -119,7 +119,7 @@ def _expert(masks: References, on_outside: str) -> Method:
 
     def accept(case: str, folder: Path, segmentation: Volume) -> tuple:
         sources = {"edited": masks.find(case, folder)}
-        flagged, sources["failure_regions"] = _flagged(folder, segmentation)
+        flagged, sources["failure_regions"] = read_flagged(folder, segmentation)
         edited = read_labels(sources["edited"]).data
         try:
             labels, report = apply_edits(segmentation.data, edited, flagged, on_outside)
@@ -131,7 +131,7 @@ def _expert(masks: References, on_outside: str) -> Method:
     return accept
 
 
-def _flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
+def read_flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
     """The map of flagged regions of a case, (H, W, D), and its file."""
     path = folder / REGIONS
     regions = read_volume(path).data

@@ -301,7 +301,7 @@ def compare_cases(before: Cases, after: Cases) -> dict[str, Any]:
     both = [case for case in before if case in after]
     cells = [
         {"metric": metric, "phase": phase, "structure": name}
-        | _paired(*([getattr(side[case.case].scores[name], metric) for case in own] for side in (before, after)))
+        | compare_paired(*([getattr(side[case.case].scores[name], metric) for case in own] for side in (before, after)))
         for metric in ("dice", "hausdorff", "hausdorff_penalized")
         for phase, own in _by_phase(before[case] for case in both).items()
         for name in STRUCTURES
@@ -326,10 +326,11 @@ def _clinical_tests(before: Patients, after: Patients) -> dict[str, dict[str, An
     """Whether the correction changed the automatic indices."""
     own = [(before[patient][0], after[patient][0]) for patient in after]
     names = [field.name for field in fields(ClinicalIndices)] if own else []
-    return {name: _paired(*([getattr(pair[side], name) for pair in own] for side in (0, 1))) for name in names}
+    return {name: compare_paired(*([getattr(pair[side], name) for pair in own] for side in (0, 1))) for name in names}
 
 
-def _paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+def compare_paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Mean and spread of paired values before and after, nan left out on both sides, and both tests."""
     first, second, n_excluded = paired_values(before, after)
     return {
         "before": asdict(mean_sd(first)),

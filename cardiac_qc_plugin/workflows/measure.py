@@ -1,5 +1,6 @@
 """One case, or one patient, measured against the reference labels (paper, section IV)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cardiac_qc_plugin.workflows.files import Volume, read_json, read_volume
 from cardiac_qc_plugin.workflows.operating_point import volume_detection
 from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_labels, read_reference
 
-__all__ = ["CRITERIA", "STRUCTURES", "Measurement", "measure_case", "measure_patient"]
+__all__ = ["CRITERIA", "STRUCTURES", "Measurement", "measure_case", "measure_patient", "read_detection", "read_map"]
 
 STRUCTURES = ("LV", "RV", "LVM")  # the paper's column order
 CRITERIA = ("paper", "released_code")
@@ -114,14 +115,14 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     segmentation = read_labels(folder / "segmentation.nii.gz")
     reference = read_reference(reference_path, segmentation)
     maps = {
-        name: _read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
+        name: read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
     }
     qc_path = folder / "qc.json"
     qc = read_json(qc_path) if qc_path.is_file() else {}
     threshold, detection = None, {}
     if "detection" in qc and (folder / "failure_probability.nii.gz").is_file():
         threshold = qc["detection"].get("threshold")
-        detection = _detection(qc_path, qc["detection"], segmentation, reference, apex)
+        detection = read_detection(qc_path, qc["detection"], segmentation, reference, apex)
     return Measurement(
         case=case,
         patient=patient,
@@ -141,7 +142,7 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     )
 
 
-def _read_map(path: Path, segmentation: Volume) -> np.ndarray:
+def read_map(path: Path, segmentation: Volume) -> np.ndarray:
     values = read_volume(path).data
     if values.shape != segmentation.data.shape or not np.isfinite(values).all():
         raise ValueError(
@@ -151,19 +152,36 @@ def _read_map(path: Path, segmentation: Volume) -> np.ndarray:
     return values
 
 
-def _detection(
-    qc_path: Path, settings: dict[str, Any], segmentation: Volume, reference: np.ndarray, apex: str
+def read_detection(
+    qc_path: Path,
+    settings: dict[str, Any],
+    segmentation: Volume,
+    reference: np.ndarray,
+    apex: str,
+    criteria: Sequence[str] = CRITERIA,
 ) -> dict[str, VolumeDetection]:
-    """The detector's regions beside the failures of each criterion."""
+    """The detector's regions beside the failures of each criterion.
+
+    Args:
+        qc_path: the case's ``qc.json``; the failure probability lies beside it.
+        settings: its entry ``detection``.
+        segmentation: the automatic labels.
+        reference: the reference labels, (H, W, D).
+        apex: end of the slice axis at which the apex lies, "last" or "first".
+        criteria: presets of the failure criterion.
+
+    Raises:
+        ValueError: the settings are not complete, or the probability does not fit; the message names the file.
+    """
     missing = [key for key in ("threshold", "boxes", "region_size") if settings.get(key) is None]
     if missing or len(settings["boxes"]) != segmentation.data.shape[2]:
         raise ValueError(
             f"{qc_path}: 'detection' needs threshold, region_size and one of boxes for each of the "
             f"{segmentation.data.shape[2]} slices; missing: {missing or 'boxes'}. Run this case again."
         )
-    painted = _read_map(qc_path.with_name("failure_probability.nii.gz"), segmentation)
+    painted = read_map(qc_path.with_name("failure_probability.nii.gz"), segmentation)
     failures = {
-        name: failure_mask(segmentation.data, reference, segmentation.spacing[:2], name, apex) for name in CRITERIA
+        name: failure_mask(segmentation.data, reference, segmentation.spacing[:2], name, apex) for name in criteria
     }
     try:
         return {

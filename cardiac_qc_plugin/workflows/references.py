@@ -13,7 +13,7 @@ from cardiac_qc_plugin.data.acdc import read_info
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
 from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
 
-__all__ = ["Outcome", "References", "each_case", "patient_and_phase", "read_labels", "read_reference"]
+__all__ = ["MissingLabels", "Outcome", "References", "each_case", "patient_and_phase", "read_labels", "read_reference"]
 
 T = TypeVar("T")
 NIFTI = re.compile(r"(?P<stem>[^.].*?)(?P<mark>_gt|_seg)?\.nii(\.gz)?", re.IGNORECASE)
@@ -57,6 +57,10 @@ def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> t
     return results, failures
 
 
+class MissingLabels(ValueError):
+    """There is no label file for a case."""
+
+
 class References:
     """Label files under a folder, found by the name of the case they belong to.
 
@@ -94,7 +98,8 @@ class References:
             own: the case's own folder; nothing is measured against itself.
 
         Raises:
-            ValueError: there is none, or more than one equally good.
+            MissingLabels: there is none.
+            ValueError: there is more than one equally good.
         """
         wanted = tuple(case.split("/"))
         found = [
@@ -105,7 +110,7 @@ class References:
         lowest = min((rank for rank, _ in found), default=0)
         best = [path for rank, path in found if rank == lowest]
         if not best:
-            raise ValueError(
+            raise MissingLabels(
                 f"{self.root}: no label file for {case}. Looked there and in all folders below for "
                 f"{case}_gt.nii.gz, {case}_seg.nii.gz, {case}/segmentation.nii.gz, {case}.nii.gz (or .nii)."
             )

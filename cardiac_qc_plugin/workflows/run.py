@@ -167,7 +167,8 @@ class CaseRecord:
         for stage in later:
             self.qc["stages"].pop(stage, None)
             self.qc.pop(stage, None)
-        self.qc.pop("scores", None)
+        for entry in ("scores", "promise"):
+            self.qc.pop(entry, None)
         if self.path.is_file():
             write_json(self.path, self.qc)
         for stage in later:
@@ -218,7 +219,7 @@ def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predict
     if detector is None:
         return record.complete(basics)
     detection = record.stage("detection", keys["detection"], detector, lambda: detect(folder, image, volume, detector))
-    qc = record.complete({**basics, "scores": scores(segmentation, detection)})
+    qc = record.complete({**basics, "scores": scores(segmentation, detection), "promise": detector.promise})
     write_case(folder)
     return qc
 
