@@ -26,7 +26,7 @@ def promise_text(promise: Any) -> str:
 
 def calibration_text(
     calibration: Any,
-    output: str,
+    done: str,
     promises: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
@@ -35,13 +35,12 @@ def calibration_text(
 
     Args:
         calibration: the patients' curves.
-        output: where they were written.
+        done: where they were written, or that they were not.
         promises: promises, or why they cannot be made.
         rows: how promises were kept on other patients.
         failures: messages by case.
     """
     without = int((calibration.failure_voxels == 0).sum())
-    done = f"Not written, since {len(failures)} case(s) failed." if failures else f"Written: {output}"
     parts = [
         f"Calibration for the {calibration.model} and the {NAMES[calibration.map]} on {len(calibration.patients)} "
         f"patients ({calibration.source}), {without} of them without a failure. {done}",
@@ -51,7 +50,7 @@ def calibration_text(
     if rows:
         lines = [
             [_asked(row), row["design"], number(float(row["promised"]), 0, 100)]
-            + [f"{number(row.get('kept'), 1, 100)} ± {number(row.get('kept_sd'), 1, 100)}"]
+            + [number(row.get("kept"), 1, 100) + (f" ± {100 * row['kept_sd']:.1f}" if "kept_sd" in row else "")]
             + [number(row.get("regions_per_patient"), 1), number(row.get("regions_flagged"), 2, 100)]
             for row in rows
         ]

@@ -38,6 +38,7 @@ ASKED = (
     *(("regions_per_patient", regions) for regions in (5, 20, 50)),
 )
 SPLITS = 1000
+NOT_WRITTEN = "Not written, since not all of these patients could be read."
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,8 @@ def calibrate(
     own, failures = read_patients(
         Path(predictions), references, source or f"patients of {predictions}", criterion, apex
     )
+    if written := not failures:
+        own.write(output)
     rows = split_coverage(own) if check else []
     if test is not None:
         other, problems = read_patients(Path(test), references, f"patients of {test}", criterion, apex)
@@ -246,10 +249,8 @@ def calibrate(
         rows += [
             {"design": f"{len(own.patients)} / {len(other.patients)} of {test}"} | row for row in coverage(own, other)
         ]
-    if not failures:
-        own.write(output)
     promises = [attempt(own, kind, target) for kind, target in ASKED]
-    text = calibration_text(own, str(output), promises, rows, failures)
+    text = calibration_text(own, f"Written: {output}" if written else NOT_WRITTEN, promises, rows, failures)
     return Outcome(text, failures)
 
 
@@ -268,6 +269,8 @@ def read_patients(
         record = read_json(own / "qc.json")
         if missing := {"segmentation", "detection"} - record.keys():
             raise ValueError(f"{own / 'qc.json'}: no entry {' and '.join(sorted(missing))}. Run this case again.")
+        if not all(record[stage].get("weights_sha256") for stage in ("segmentation", "detection")):
+            raise ValueError(f"{own / 'qc.json'}: does not say which weights it was made by. Run this case again.")
         labels = read_reference(path, segmentation)
         found = read_detection(own / "qc.json", record["detection"], segmentation, labels, apex, [criterion])
         return patient_and_phase(name, path)[0], made_by(record), found[criterion]
@@ -305,9 +308,8 @@ def read_patients(
 def made_by(record: Mapping[str, Any]) -> tuple:
     """Network, map, Monte Carlo samples (None where they do not matter) and weights behind a case's ``qc.json``."""
     stages = record["segmentation"], record["detection"]
-    name, map = (stages[0].get("bundle", "unknown"), stages[1]["map"])
-    weights = tuple((stage.get("bundle", "unknown"), stage.get("weights_sha256")) for stage in stages)
-    return short_name(name), map, stages[0].get("samples") if map == "bmap" else None, weights
+    map, weights = stages[1]["map"], tuple((stage["bundle"], stage["weights_sha256"]) for stage in stages)
+    return short_name(stages[0]["bundle"]), map, stages[0]["samples"] if map == "bmap" else None, weights
 
 
 def short_name(bundle: str) -> str:

@@ -142,6 +142,9 @@ def test_predictions_that_do_not_belong_together(cohort, tmp_path):
     edit(record, lambda qc: qc["detection"].update(weights_sha256="c"))
     with pytest.raises(ValueError, match="patient002_frame05 was made by other weights"):
         calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json")
+    edit(record, lambda qc: qc["detection"].pop("weights_sha256"))
+    outcome = calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json")
+    assert "patient002_frame05" in outcome.failures and "which weights" in outcome.text
     shutil.rmtree(record.parent)
     with pytest.raises(ValueError, match="patient002 has 1 scan.*others have 2"):
         calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json")
