@@ -245,6 +245,16 @@ def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_
     assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 2
 
 
+@pytest.mark.parametrize("bundle", [SEGMENTATION[0], BUNDLES[-1]])
+def test_training_on_all_patients_watches_none(bundle, acdc_like, tmp_path):
+    """No item is left out, and no detector's patient held out; so there is no operating point."""
+    overrides = {"predictions_dir": str(acdc_like / "predictions")} if "failure" in bundle else {}
+    workflow, _ = train(bundle, acdc_like, tmp_path, fold=-1, patch_size=40, iterations=1, val_interval=1, **overrides)
+    data = [workflow.parser.get_parsed_content(f"{part}#dataset").data for part in ("train", "validate")]
+    assert [len(items) for items in data] == [20, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
     """Stopped after two of three epochs, it goes on with the third to the same weights; other settings start anew."""
     monkeypatch.setattr("shutil.rmtree", lambda path: None)
