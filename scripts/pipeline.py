@@ -389,7 +389,7 @@ def reproduce(
     Args:
         data: ACDC's training folder.
         output: folder for everything, results.md first.
-        folds: folds to leave out, each in turn.
+        folds: folds to leave out, each in turn; -1 for networks and detectors of all patients.
         models: dn, drn, unet.
         losses: of the paper's two for each network, those to train with: ce, brier, soft_dice.
         maps: bmap, emap.

@@ -265,11 +265,12 @@ def test_what_the_paper_only_names(settings, grid, world):
     """A detector that sees the segmentation, one with other maps, and members in the place of dropout samples."""
     ablations = ("see_segmentation", "detector_maps", "ensemble", "snapshots")
     for bundle in (world / "bundles").glob("*_segmentation/configs"):
-        write_json(bundle / "cycles.json", read_json(bundle / "snapshots.json") | read_json(bundle / "tiny.json"))
+        cycles = read_json(bundle / "snapshots.json") | read_json(bundle / "tiny.json") | {"snapshots": 2}
+        write_json(bundle / "cycles.json", cycles)
     detector = world / "bundles/cardiac_segmentation_failure/configs"
     shutil.copy(detector / "tiny.json", detector / "cycles.json")
     output = world / "named"
-    settings = replace(settings, output=output, regime="cycles", iterations=5, members=2, ablations=ablations)
+    settings = replace(settings, output=output, regime="cycles", iterations=2, members=2, ablations=ablations)
     assert reproduce(settings).failures == {}
     detected = output / "drn_ce/fold0"
     seen = Grid(settings).detector("drn", "ce", "bmap", 0, settings.detectors["see_segmentation", None]).folder
@@ -277,8 +278,9 @@ def test_what_the_paper_only_names(settings, grid, world):
     assert weights.shape[1] == 3 and seen.parent.name == "in_sample_see_segmentation"
     assert (detected / "bmap/out_of_fold/detected/patient002_frame01/failure_probability.nii.gz").is_file()
     members = [detected / f"segmentation{suffix}" / "model.pt" for suffix in ("", "_seed1")]
-    snapshots = [detected / "segmentation" / f"snapshot{n}.pt" for n in range(1, 6)]
-    assert len({path.read_bytes() for path in snapshots}) == 5 and snapshots[-1].read_bytes() == members[0].read_bytes()
+    snapshots = [detected / "segmentation" / f"snapshot{n}.pt" for n in (1, 2)]
+    first, last, final, other = (torch.load(p, weights_only=True)["classifier.weight"] for p in snapshots + members)
+    assert torch.equal(last, final) and not torch.equal(first, last) and not torch.equal(final, other)
     for source, files in (("ensemble", members), ("snapshots", snapshots)):
         case = detected / source / "in_sample/detected/patient002_frame01"
         record = read_json(case / "qc.json")["segmentation"]
@@ -296,8 +298,26 @@ def test_what_the_paper_only_names(settings, grid, world):
     variants = ["", "see_segmentation", "detector_maps: out_of_fold", "members: ensemble", "members: snapshots"]
     assert [row["variant"] for row in table] == variants and all(row["mean_dice"] for row in table)
     assert "| DRN-CE, b-map | members: ensemble | 0 1 |" in (output / "results.md").read_text()
-    with pytest.raises(ValueError, match="'tiny' with 5 iterations of drn leaves no snapshots"):
+    with pytest.raises(ValueError, match="'tiny' with 2 iterations of drn leaves no snapshots"):
         Grid(replace(settings, regime="tiny")).by_fold()
+
+
+def test_what_is_shipped_learns_from_all(settings, grid, world):
+    """A detector of all patients, with the operating point of both folds together."""
+    output = world / "shipped"
+    shutil.copytree(settings.output, output)
+    settings = replace(settings, output=output, folds=(0, 1, -1))
+    outcome = reproduce(settings)
+    assert "4 stages carried out, 13 were there already" in outcome.text and outcome.failures == {}
+    folder = output / "drn_ce/all/bmap/in_sample"
+    assert not (folder / "detector/model_operating_point.json").exists() and (folder / "detector/model.pt").is_file()
+    assert len(list((output / "drn_ce/all/bmap/training").glob("*/qc.json"))) == 12
+    point = read_json(folder / "operating_point/operating_point.json")
+    assert point["n_volumes"] == 12 and point["beta"] == 2.0
+    probabilities = [
+        read_volume(path).data for path in output.glob("drn_ce/fold*/bmap/in_sample/detected/*/failure_prob*")
+    ]
+    assert any(np.isclose(values, point["threshold"], atol=1e-6).any() for values in probabilities)
 
 
 def test_detectors_learn_from_out_of_fold_maps_where_all_folds_are_there(settings):

@@ -23,6 +23,7 @@ from .stage_work import (
     device_setting,
     evaluate_folds,
     inference_digest,
+    pool_operating_point,
     segment_scans,
     train_network,
 )
@@ -35,6 +36,7 @@ LOSSES = {"drn": ("ce", "soft_dice"), "unet": ("ce", "soft_dice"), "dn": ("brier
 TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
 ABLATIONS = ("samples", "region_size", "labels", "see_segmentation", "detector_maps", "ensemble", "snapshots")
 DETECTOR = "cardiac_segmentation_failure"
+ALL = -1  # in the place of a fold: nothing is left out
 MEMBERS = ("ensemble", "snapshots")  # where an uncertainty map comes from members, not from dropout
 
 
@@ -56,6 +58,11 @@ class Detector:
         return "_".join([self.maps, *(key if value is True else f"{key}{value}" for key, value in self.settings)])
 
 
+def fold_name(fold: int | str) -> str:
+    """Folder of a fold; "evaluation" is its own name."""
+    return fold if isinstance(fold, str) else "all" if fold == ALL else f"fold{fold}"
+
+
 def map_of(source: str) -> str:
     """The kind of uncertainty map: that of members is a b-map."""
     return "bmap" if source in MEMBERS else source
@@ -68,7 +75,7 @@ class Settings:
     Args:
         data: folder of the data set, which has the references as well.
         output: folder for everything that is written.
-        folds: folds to leave out, each in turn.
+        folds: folds to leave out, each in turn; -1 for networks and detectors of all patients, as one would ship them.
         models: ``"drn"``, ``"unet"``, ``"dn"``.
         losses: of the paper's two for each model (`LOSSES`), those to train with; all by default.
         maps: ``"bmap"``, ``"emap"``.
@@ -114,7 +121,7 @@ class Settings:
             "losses": ("ce", "brier", "soft_dice"),
             "maps": tuple(MAP_FILES),
             "ablations": ABLATIONS,
-            "folds": self.all_folds,
+            "folds": (*self.all_folds, ALL),
         }
         for name, allowed in choices.items():
             unknown = [value for value in getattr(self, name) if value not in allowed]
@@ -133,7 +140,12 @@ class Settings:
     @property
     def has_all_folds(self) -> bool:
         """Whether every fold of the datalist is asked for."""
-        return set(self.folds) == set(self.all_folds)
+        return set(self.folds) - {ALL} == set(self.all_folds)
+
+    @property
+    def tested(self) -> tuple[int, ...]:
+        """The folds that are asked for and have patients to test on."""
+        return tuple(fold for fold in self.folds if fold != ALL)
 
     @property
     def detector(self) -> Detector:
@@ -223,7 +235,8 @@ class Grid:
         common |= {"dataset_dir": str(self.settings.data)} | device_setting(self.settings.device)
         texts = [Path(file).read_text() for file in configs]
         snapshots = [f"snapshot{number + 1}.pt" for number in range(config.get("snapshots", 0))]
-        beside = ["model_operating_point.json"] if bundle.name == DETECTOR else snapshots
+        held_out = bundle.name == DETECTOR and own["fold"] != ALL
+        beside = ["model_operating_point.json"] if held_out else snapshots
         return self.stage(
             name,
             settings={"bundle": bundle.name, "configs": digest(*texts), "data": self.listing, **own},
@@ -236,7 +249,7 @@ class Grid:
 
     def network(self, model: str, loss: str, fold: int, seed: int = 0) -> Stage:
         """Training of a segmentation network; other seeds than 0 are further members of an ensemble."""
-        name = f"{model}_{loss}/fold{fold}/segmentation" + (f"_seed{seed}" if seed else "")
+        name = f"{model}_{loss}/{fold_name(fold)}/segmentation" + (f"_seed{seed}" if seed else "")
         own = {"loss": loss, "fold": fold} | ({"seed": seed} if seed else {})
         return self.training(name, self.settings.segmenter(model), self.settings.iterations, own, ())
 
@@ -266,7 +279,7 @@ class Grid:
         """
         others = [other for other in self.settings.all_folds if other != fold]
         scans = self.settings.scans([fold] if part == "test" else others)
-        folder = f"{model}_{loss}/fold{fold}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
+        folder = f"{model}_{loss}/{fold_name(fold)}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
         networks, weights = self.networks(model, loss, map, fold)
         samples = {"emap": 0, "bmap": samples or self.settings.samples}.get(map, len(weights))
         own = {"map": map_of(map)} | ({} if samples is None else {"samples": samples})
@@ -338,14 +351,13 @@ class Grid:
 
     def run_folder(self, model: str, loss: str, map: str, fold: int | str, detector: Detector | None = None) -> str:
         """Folder of a detector and what comes after it."""
-        fold = f"fold{fold}" if isinstance(fold, int) else fold
-        return f"{model}_{loss}/{fold}/{map}/{(detector or self.settings.detector).name}"
+        return f"{model}_{loss}/{fold_name(fold)}/{map}/{(detector or self.settings.detector).name}"
 
     def by_fold(self) -> list[Stage]:
         """The stages of each fold up to the correction, in the order in which they are carried out."""
         runs = [(m, loss, map) for m, loss in self.settings.combinations for map in self.settings.maps]
         first, later = [], []
-        for fold in self.settings.folds:
+        for fold in self.settings.tested:
             for key in runs:
                 first += [self.network(*key[:2], fold), self.maps(*key, fold, "test")]
             for key in runs:
@@ -353,7 +365,29 @@ class Grid:
             later += self.ablations(fold, runs)
             if self.settings.detector.maps == "in_sample":  # a fold is finished before the next one begins
                 first, later = first + later, []
-        return list(dict.fromkeys(first + later))
+        shipped = [stage for key in runs for stage in self.shipped(key)] if ALL in self.settings.folds else []
+        return list(dict.fromkeys(first + later + shipped))
+
+    def shipped(self, key: tuple[str, str, str]) -> list[Stage]:
+        """A network and a detector of all patients, and the operating point from the folds that were tested."""
+        training = self.detector(*key, ALL)
+        found = [self.network(*key[:2], ALL), *training.needs, training]
+        detections = [self.detection(*key, fold) for fold in self.settings.tested]
+        if detections:
+            name = f"{self.run_folder(*key, ALL)}/operating_point"
+            config = ConfigParser.load_config_files(training.info["configs"])
+            rule = {name: config[name] for name in ("criterion", "beta")}
+            found.append(
+                self.stage(
+                    name,
+                    settings={"data": self.listing, **rule},
+                    work=partial(pool_operating_point, detections, self.settings.data, rule),
+                    outputs=("operating_point.json",),
+                    needs=tuple(detections),
+                    info={"kind": "evaluate"},
+                )
+            )
+        return found
 
     def detected(self, key: tuple[str, str, str], fold: int, detector: Detector | None = None) -> list[Stage]:
         """The stages from the maps that a detector learns from to its detection."""
@@ -380,7 +414,7 @@ class Grid:
         """What is measured over folds: those that are asked for, or all whose stages are done with these settings."""
 
         def over(stage_of: Callable[[int], Stage]) -> tuple[list[int], list[Stage]]:
-            stages = {fold: stage_of(fold) for fold in (asked.folds if planned else asked.all_folds)}
+            stages = {fold: stage_of(fold) for fold in (asked.tested if planned else asked.all_folds)}
             done = {fold: stage for fold, stage in stages.items() if planned or stage.done}
             return list(done), list(done.values())
 

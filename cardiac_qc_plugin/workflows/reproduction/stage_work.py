@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from ..correct import correct
 from ..evaluate import evaluate
 from ..files import read_json
-from ..references import Outcome
+from ..measure import measure_case
+from ..operating_point import choose_operating_point
+from ..references import Outcome, References, each_case
 from ..run import digest, run
 from .stages import Budget, BudgetSpent, Stage
 from .training import train
@@ -99,6 +102,18 @@ def evaluate_folds(
     """Measure the folds together."""
     folders = [[each.folder for each in stages] for stages in (before, after)]
     complete(evaluate(folders[0], reference, stage.folder, folders[1] or None))
+
+
+def pool_operating_point(
+    detections: Sequence[Stage], reference: Path, rule: dict[str, Any], stage: Stage, budget: Budget
+) -> None:
+    """The threshold with the largest F-beta over the regions of all folds, each by its own detector."""
+    references, volumes = References(reference), []
+    for detection in detections:
+        cases, failures = each_case(detection.folder, partial(measure_case, references=references), "operating point")
+        complete(Outcome("", failures))
+        volumes += [case.detection[rule["criterion"]] for case in cases.values()]
+    choose_operating_point(volumes, stage.folder / "operating_point.json", rule["beta"])
 
 
 def complete(outcome: Outcome) -> None:
