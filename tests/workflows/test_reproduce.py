@@ -302,6 +302,13 @@ def test_what_the_paper_only_names(settings, grid, world):
         Grid(replace(settings, regime="tiny")).by_fold()
 
 
+def test_tracking_by_mlflow(settings, world):
+    pytest.importorskip("mlflow", reason="pip install mlflow")
+    stage = Grid(replace(settings, output=world / "tracked", tracking="mlflow", iterations=1)).network("drn", "ce", 0)
+    stage.run(Budget())
+    assert (stage.folder / "mlruns.db").is_file() and stage.done
+
+
 def test_what_is_shipped_learns_from_all(settings, grid, world):
     """A detector of all patients, with the operating point of both folds together."""
     output = world / "shipped"

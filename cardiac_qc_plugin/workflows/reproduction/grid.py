@@ -36,6 +36,7 @@ LOSSES = {"drn": ("ce", "soft_dice"), "unet": ("ce", "soft_dice"), "dn": ("brier
 TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
 ABLATIONS = ("samples", "region_size", "labels", "see_segmentation", "detector_maps", "ensemble", "snapshots")
 DETECTOR = "cardiac_segmentation_failure"
+NEVER = 1_000_000  # epochs
 ALL = -1  # in the place of a fold: nothing is left out
 MEMBERS = ("ensemble", "snapshots")  # where an uncertainty map comes from members, not from dropout
 
@@ -233,6 +234,7 @@ class Grid:
         config = ConfigParser.load_config_files(configs)
         common = {"bundle_root": str(bundle), "data_list_file_path": str(self.settings.datalist_file)}
         common |= {"dataset_dir": str(self.settings.data)} | device_setting(self.settings.device)
+        common["val_interval"] = NEVER  # the fold that is left out is measured by later stages
         texts = [Path(file).read_text() for file in configs]
         snapshots = [f"snapshot{number + 1}.pt" for number in range(config.get("snapshots", 0))]
         held_out = bundle.name == DETECTOR and own["fold"] != ALL

@@ -17,8 +17,6 @@ from .stages import Budget, BudgetSpent
 
 __all__ = ["LossCurve", "config_files", "read_losses", "train"]
 
-LOG_INTERVAL = 50  # iterations: to read a loss from a GPU, all that it was given has to be finished
-
 get_loss = from_engine(["loss"], first=True)
 
 
@@ -42,9 +40,8 @@ def config_files(bundle: Path, regime: str) -> list[str]:
 class LossCurve:
     """The loss of every iteration as CSV (``iteration,loss,seconds``), there to be read while the training runs.
 
-    Rows are written every 50 iterations and at the end of an epoch. ``seconds`` is the time spent in training so far,
-    all its parts together. When a training is resumed, the rows after its checkpoint go: these iterations are done
-    again.
+    ``seconds`` is the time spent in training so far, all its parts together. When a training is resumed, the rows after
+    its checkpoint go: these iterations are done again.
 
     Args:
         path: the CSV file.
@@ -54,13 +51,11 @@ class LossCurve:
         self.path = path
         self.stream: TextIO | None = None
         self.start = 0.0
-        self.rows: list[tuple[int, Any, float]] = []
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer."""
         engine.add_event_handler(Events.EPOCH_STARTED, self.open)  # a checkpoint has been loaded by then
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=LOG_INTERVAL) | Events.EPOCH_COMPLETED, self.write)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
 
     def open(self, engine: Engine) -> None:
         """Before the first epoch: keep the rows up to the engine's iteration."""
@@ -72,16 +67,10 @@ class LossCurve:
         self.stream = open(self.path, "a", buffering=1, encoding="utf-8")
         self.start = time.perf_counter() - (rows[-1][2] if rows else 0.0)
 
-    def add(self, engine: Engine) -> None:
-        """Keep a row."""
-        loss = get_loss(engine.state.output).detach()
-        self.rows.append((engine.state.iteration, loss, time.perf_counter() - self.start))
-
     def write(self, engine: Engine) -> None:
-        """Write the rows that were kept."""
-        lines = [f"{iteration},{float(loss):.6g},{seconds:.2f}\n" for iteration, loss, seconds in self.rows]
-        self.stream.write("".join(lines))
-        self.rows.clear()
+        """Add a row."""
+        seconds = time.perf_counter() - self.start
+        self.stream.write(f"{engine.state.iteration},{float(get_loss(engine.state.output)):.6g},{seconds:.2f}\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -123,19 +112,15 @@ def train(
     """
     curve = LossCurve(folder / "loss.csv")
     try:
-        tracked = {"tracking": tracking, "output_dir": str(folder)} if tracking else {}
-        workflow = ConfigWorkflow(config_file=configs, workflow_type="train", logging_file=False, **tracked, **settings)
+        settings = settings | ({"tracking": tracking, "output_dir": str(folder)} if tracking else {})
+        workflow = ConfigWorkflow(config_file=configs, workflow_type="train", logging_file=False, **settings)
         workflow.initialize()
         trainer = workflow.parser.get_parsed_content("train#trainer")
         curve.attach(trainer)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: stop_at(budget, engine))
         if importlib.util.find_spec("tensorboard"):
             board = TensorBoardStatsHandler(
-                log_dir=str(folder / "tensorboard"),
-                output_transform=get_loss,
-                iteration_log=LOG_INTERVAL,
-                epoch_log=False,
-                tag_name="train_loss",
+                log_dir=str(folder / "tensorboard"), output_transform=get_loss, epoch_log=False, tag_name="train_loss"
             )
             board.attach(trainer)
         for number in range(len(workflow.parser["run"])):  # what goes before, the training, what is made of it
