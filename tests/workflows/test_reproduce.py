@@ -261,7 +261,7 @@ def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):
     assert "| DRN-CE+MC | 20 | 0 1 |" in page
 
 
-def test_what_the_paper_only_names(settings, grid, world):
+def test_what_the_paper_only_names(settings, world):
     """A detector that sees the segmentation, one with other maps, and members in the place of dropout samples."""
     ablations = ("see_segmentation", "detector_maps", "ensemble", "snapshots")
     for bundle in (world / "bundles").glob("*_segmentation/configs"):
@@ -270,22 +270,23 @@ def test_what_the_paper_only_names(settings, grid, world):
     detector = world / "bundles/cardiac_segmentation_failure/configs"
     shutil.copy(detector / "tiny.json", detector / "cycles.json")
     output = world / "named"
-    settings = replace(settings, output=output, regime="cycles", iterations=2, members=2, ablations=ablations)
+    settings = replace(settings, output=output, regime="cycles", members=2, ablations=ablations)
+    settings = replace(settings, models=("dn",), losses=("brier",))  # the smallest network
     assert reproduce(settings).failures == {}
-    detected = output / "drn_ce/fold0"
-    seen = Grid(settings).detector("drn", "ce", "bmap", 0, settings.detectors["see_segmentation", None]).folder
+    detected = output / "dn_brier/fold0"
+    seen = Grid(settings).detector("dn", "brier", "bmap", 0, settings.detectors["see_segmentation", None]).folder
     weights = torch.load(seen / "model.pt", weights_only=True)["features.0.0.weight"]
     assert weights.shape[1] == 3 and seen.parent.name == "in_sample_see_segmentation"
     assert (detected / "bmap/out_of_fold/detected/patient002_frame01/failure_probability.nii.gz").is_file()
     members = [detected / f"segmentation{suffix}" / "model.pt" for suffix in ("", "_seed1")]
     snapshots = [detected / "segmentation" / f"snapshot{n}.pt" for n in (1, 2)]
-    first, last, final, other = (torch.load(p, weights_only=True)["classifier.weight"] for p in snapshots + members)
+    first, last, final, other = (torch.load(p, weights_only=True)["layers.0.weight"] for p in snapshots + members)
     assert torch.equal(last, final) and not torch.equal(first, last) and not torch.equal(final, other)
     for source, files in (("ensemble", members), ("snapshots", snapshots)):
         case = detected / source / "in_sample/detected/patient002_frame01"
         record = read_json(case / "qc.json")["segmentation"]
         assert record["samples"] == len(files) == len(record["sample_volume_ml"]["LV"])
-        networks = [BundlePredictor(settings.segmenter("drn"), ckpt_path=str(path), samples=0) for path in files]
+        networks = [BundlePredictor(settings.segmenter("dn"), ckpt_path=str(path), samples=0) for path in files]
         scan = settings.data / "patient002/patient002_frame01.nii.gz"
         inputs = networks[0].preprocessing({"image": str(scan)})["image"][None]
         with torch.no_grad():
@@ -297,14 +298,14 @@ def test_what_the_paper_only_names(settings, grid, world):
     table = rows_of(output / "tables" / "ablations.csv")
     variants = ["", "see_segmentation", "detector_maps: out_of_fold", "members: ensemble", "members: snapshots"]
     assert [row["variant"] for row in table] == variants and all(row["mean_dice"] for row in table)
-    assert "| DRN-CE, b-map | members: ensemble | 0 1 |" in (output / "results.md").read_text()
-    with pytest.raises(ValueError, match="'tiny' with 2 iterations of drn leaves no snapshots"):
+    assert "| DN-Brier, b-map | members: ensemble | 0 1 |" in (output / "results.md").read_text()
+    with pytest.raises(ValueError, match="'tiny' with 2 iterations of dn leaves no snapshots"):
         Grid(replace(settings, regime="tiny")).by_fold()
 
 
 def test_tracking_by_mlflow(settings, world):
     pytest.importorskip("mlflow", reason="pip install mlflow")
-    stage = Grid(replace(settings, output=world / "tracked", tracking="mlflow", iterations=1)).network("drn", "ce", 0)
+    stage = Grid(replace(settings, output=world / "tracked", tracking="mlflow", iterations=1)).network("dn", "brier", 0)
     stage.run(Budget())
     assert (stage.folder / "mlruns.db").is_file() and stage.done
 
