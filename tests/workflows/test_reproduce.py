@@ -337,7 +337,7 @@ def test_detectors_learn_from_out_of_fold_maps_where_all_folds_are_there(setting
     ("change", "message"),
     [
         ({"models": ("vgg",)}, "--models are of drn, unet, dn, got 'vgg'"),
-        ({"folds": (2,)}, "--folds are of 0, 1, got '2'"),
+        ({"folds": (2,)}, "--folds are of 0, 1, -1, got '2'"),
         ({"losses": ("brier",)}, "None of the models drn has one of these losses"),
         ({"detector_maps": "out_of_fold", "folds": (0,)}, "need the networks of all folds: give --folds 0,1"),
         ({"ablations": ("detector_maps",), "folds": (1,)}, "need the networks of all folds: give --folds 0,1"),
