@@ -15,7 +15,7 @@ from torch import nn
 
 from . import __version__
 
-__all__ = ["EpochCheckpoint", "check_version", "load_weights", "save_weights"]
+__all__ = ["EpochCheckpoint", "SnapshotSaver", "check_version", "load_weights", "save_weights"]
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -114,3 +114,30 @@ class EpochCheckpoint:
             return
         state = {name: entry.state_dict() for name, entry in self.state.items()}
         DiskSaver(self.folder, require_empty=False)(state, "checkpoint.pt")
+
+
+class SnapshotSaver:
+    """Save a network's weights at the end of each of several equal parts of a training: a snapshot ensemble.
+
+    With a learning rate that restarts as often, a part ends where the rate is lowest (Huang et al., ICLR 2017).
+
+    Args:
+        network: the network.
+        folder: where ``snapshot1.pt``, ``snapshot2.pt``, ... go, see :func:`save_weights`.
+        count: number of parts; the training's epochs are a multiple of it.
+    """
+
+    def __init__(self, network: nn.Module, folder: str | Path, count: int) -> None:
+        self.network = network
+        self.folder = folder
+        self.count = count
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save(self, engine: Engine) -> None:
+        """Write a snapshot at the end of a part, in the first process."""
+        number, rest = divmod(engine.state.epoch * self.count, engine.state.max_epochs)
+        if rest == 0 and idist.get_rank() == 0:
+            save_weights(self.network, Path(self.folder) / f"snapshot{number}.pt")

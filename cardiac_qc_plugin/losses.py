@@ -76,5 +76,7 @@ class FailureLoss(nn.Module):
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         # softmax over two channels is the sigmoid of their difference
         return F.binary_cross_entropy_with_logits(
-            logits[:, 1] - logits[:, 0], target[:, 0].to(logits.dtype), pos_weight=self.positive_weight
+            logits[:, 1] - logits[:, 0],
+            target[:, 0].to(logits.dtype),
+            pos_weight=self.positive_weight.to(logits.device),
         )

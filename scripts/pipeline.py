@@ -463,8 +463,10 @@ def reproduce(
     iterations: int | None = None,
     detector_iterations: int | None = None,
     samples: int | None = None,
-    detector_maps: str = "in_sample",
+    detector_maps: str = "auto",
     ablations: tuple | str = (),
+    members: int = 5,
+    tracking: str | None = None,
     budget_minutes: float | None = None,
     dry_run: bool = False,
     datalist: str | None = None,
@@ -479,7 +481,7 @@ def reproduce(
     Args:
         data: ACDC's training folder.
         output: folder for everything, results.md first.
-        folds: folds to leave out, each in turn.
+        folds: folds to leave out, each in turn; -1 for networks and detectors of all patients.
         models: dn, drn, unet.
         losses: of the paper's two for each network, those to train with: ce, brier, soft_dice.
         maps: bmap, emap.
@@ -487,8 +489,12 @@ def reproduce(
         iterations: of the segmentation networks, instead of the regime's.
         detector_iterations: of the detectors, instead of the regime's.
         samples: Monte Carlo samples T, instead of the bundles' own.
-        detector_maps: what detectors learn from: in_sample (the paper) or out_of_fold (needs all folds).
-        ablations: samples (Table V), region_size (Figure 7), labels (Figure 8 and cluster sizes).
+        detector_maps: what detectors learn from: in_sample (the paper), out_of_fold (needs all folds), or auto:
+            out_of_fold if all folds are asked for.
+        ablations: samples (Table V), region_size (Figure 7), labels (Figure 8 and cluster sizes), see_segmentation,
+            detector_maps, ensemble, snapshots.
+        members: networks of an ensemble.
+        tracking: mlflow to track the trainings, or a file with settings for it.
         budget_minutes: stop after so many minutes; the same command goes on.
         dry_run: print the plan, with a measured time, and do nothing.
         datalist: datalist with folds, instead of the bundles'.
@@ -513,6 +519,8 @@ def reproduce(
         samples=samples,
         detector_maps=detector_maps,
         ablations=_listed(ablations),
+        members=members,
+        tracking=tracking,
         datalist=Path(datalist).resolve() if datalist else None,
         device=device,
         bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,

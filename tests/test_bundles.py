@@ -104,7 +104,7 @@ def test_training_and_inference_agree(bundle):
 
 
 def test_segmentation_bundles_differ_in_network_and_regime_only():
-    own = {"network_def", "patch_size", "loss"}
+    own = {"network_def", "patch_size", "loss", "learning_rate"}
     for name in ("train", "inference"):
         first, *others = ({k: v for k, v in config(bundle, name).items() if k not in own} for bundle in SEGMENTATION)
         assert all(other == first for other in others)
@@ -246,10 +246,21 @@ def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_
     assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 2
 
 
-def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bundle", [SEGMENTATION[0], BUNDLES[-1]])
+def test_training_on_all_patients_watches_none(bundle, acdc_like, tmp_path):
+    """No item is left out, and no detector's patient held out; so there is no operating point."""
+    overrides = {"predictions_dir": str(acdc_like / "predictions")} if "failure" in bundle else {}
+    workflow, _ = train(bundle, acdc_like, tmp_path, fold=-1, patch_size=40, iterations=1, val_interval=1, **overrides)
+    data = [workflow.parser.get_parsed_content(f"{part}#dataset").data for part in ("train", "validate")]
+    assert [len(items) for items in data] == [20, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_training_resumes(workers, acdc_like, tmp_path, monkeypatch):
     """Stopped after two of three epochs, it goes on with the third to the same weights; other settings start anew."""
     monkeypatch.setattr("shutil.rmtree", lambda path: None)
-    overrides = {"patch_size": 32, "val_interval": 100, "iterations": 3}
+    overrides = {"patch_size": 32, "val_interval": 100, "iterations": 3, "num_workers": workers}
     train("cardiac_dn_segmentation", acdc_like, tmp_path, interrupt=3, **overrides)
     other, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path / "other", fold=1, **overrides)
     assert other.parser.get_parsed_content("resume_files") == []
@@ -262,6 +273,27 @@ def test_interrupted_training_resumes(acdc_like, tmp_path, monkeypatch):
     train("cardiac_dn_segmentation", acdc_like, tmp_path / "uninterrupted", **overrides)
     resumed, expected = (torch.load(p / "model.pt", weights_only=True) for p in (tmp_path, tmp_path / "uninterrupted"))
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+def test_dn_learns_two_slices_by_heart(acdc_like):
+    """By its own loss, optimizer and learning rate; judged without dropout and with running statistics."""
+    folder, scan = ROOT / "bundles" / SEGMENTATION[0], acdc_like / "data/patient001/patient001_frame01"
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "train.json"))
+    parser.update({"bundle_root": str(folder), "spacing": 3.0, "device": "$torch.device('cpu')"})
+    preprocess, network, optimizer, loss = (
+        parser.get_parsed_content(name) for name in ("train#preprocessing", "network", "optimizer", "train#loss")
+    )
+    item = preprocess({"image": f"{scan}.nii.gz", "label": f"{scan}_gt.nii.gz"})
+    image, label = (item[key].as_subclass(torch.Tensor).float().movedim(-1, 0)[:2] for key in ("image", "label"))
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss(network.train()(image), label).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = network.eval()(image).argmax(dim=1).numpy()
+    scores = dice_and_hausdorff(found.transpose(1, 2, 0), label[:, 0].numpy().transpose(1, 2, 0), (3.0, 3.0, 10.0))
+    assert min(score.dice for score in scores.values()) > 0.8
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

@@ -11,6 +11,7 @@ from torch import nn
 
 from cardiac_qc_plugin.inferers import (
     AutocastInferer,
+    EnsembleSliceInferer,
     FailureRegionInferer,
     MCDropoutSliceInferer,
     reduced_precision,
@@ -87,6 +88,34 @@ def test_maps_equal_those_of_stored_samples(chunk):
     assert expected["bmap"].max() > 0.1  # otherwise nothing was sampled
     for name, value in result.items():
         np.testing.assert_allclose(value, expected[name], atol=2e-6, err_msg=name)
+
+
+def test_members_of_an_ensemble_take_the_place_of_samples(tmp_path):
+    network, slices, drawn = small_network(), stack(1, 1, 12, 9, 5), []
+    for number in range(3):
+        network.layers[0].weight.data.normal_(generator=torch.Generator().manual_seed(number))
+        torch.save(network.state_dict(), tmp_path / f"{number}.pt")
+        with torch.no_grad():
+            drawn.append(softmax(network(slices[0].movedim(-1, 0))))
+    drawn, shares = np.stack(drawn), []
+    inferer = EnsembleSliceInferer([tmp_path / f"{number}.pt" for number in range(3)], sw_batch_size=2, amp=False)
+    inferer.progress = shares.append
+    result = split(inferer(slices, network).movedim(-1, 1)[0])
+    most = drawn.argmax(axis=2)
+    expected = {
+        "probabilities": np.moveaxis(drawn.mean(axis=0), 1, 0),
+        "bmap": np.minimum(2 * drawn.std(axis=0, ddof=1), 1).mean(axis=1),
+        "emap": entropy(drawn.mean(axis=0), axis=1) / np.log(4),
+        "votes": np.stack([(most == c).mean(axis=0) for c in range(4)]),
+    }
+    assert expected["bmap"].max() > 0.1
+    for name, value in result.items():
+        np.testing.assert_allclose(value, expected[name], atol=2e-6, err_msg=name)
+    areas = np.stack([(most == c).sum(axis=(2, 3)) for c in range(4)], axis=-1)
+    np.testing.assert_array_equal(inferer.sample_areas, np.moveaxis(areas, 0, 1))
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1])
+    with pytest.raises(ValueError, match="two or more of them, got 1"):
+        EnsembleSliceInferer([tmp_path / "0.pt"])
 
 
 def test_deterministic_prediction_has_the_same_maps():

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import itk
 import numpy as np
 from pydicom import Dataset, config, dcmread
 from pydicom.pixels import pixel_array
@@ -531,6 +530,8 @@ def _pixels(plane: Plane) -> np.ndarray:
 
 
 def _pixels_by_itk(plane: Plane) -> np.ndarray:
+    import itk  # large, and rarely needed
+
     try:
         image = itk.imread(str(plane.file), imageio=itk.GDCMImageIO.New())
     except RuntimeError as error:

@@ -17,7 +17,7 @@ def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[d
     Args:
         datalist: JSON file, ``{"training": [{"image", "label", "fold"}, ...]}``.
         root: folder that its paths are relative to.
-        fold: the fold that is left out.
+        fold: the fold that is left out; -1 leaves none out.
 
     Returns:
         Items of the other folds, and items of this one.
@@ -30,9 +30,11 @@ def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[d
         others, left_out = datafold_read(json.loads(datalist.read_text()), str(root), fold)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{datalist}: cannot be read as a datalist with the list 'training' ({error!r}).") from error
-    if not others or not left_out:
+    if not others or (not left_out and fold != -1):
         folds = sorted({item.get("fold") for item in others + left_out if "fold" in item})
-        raise ValueError(f"{datalist}: fold {fold} would leave nothing on one side. Its folds are {folds}.")
+        raise ValueError(
+            f"{datalist}: fold {fold} would leave nothing on one side. Its folds are {folds}, and -1 leaves none out."
+        )
     for item in others + left_out:
         for path in (item.get("image"), item.get("label")):
             if path is None or not Path(path).is_file():

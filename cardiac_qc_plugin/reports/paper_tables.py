@@ -14,6 +14,7 @@ __all__ = [
     "CELLS",
     "GRID",
     "Experiment",
+    "ablation_rows",
     "clinical_rows",
     "cluster_rows",
     "detection_rows",
@@ -62,7 +63,7 @@ class Experiment:
     model: str
     loss: str
     map: str
-    value: int | None
+    value: int | str | None
     folds: list[int]
     stage: Any
 
@@ -225,6 +226,31 @@ def detection(found: Mapping[str, Any]) -> dict[str, Any]:
     values += [patients["n_excluded"], found["slices_failing_percent"], found["regions_failing_percent"]]
     values += [percent(point[name]) for name in shares] + [point["false_positive_regions"]]
     return dict(zip(DETECTION, values, strict=True))
+
+
+VARIANTS = ("detector_maps", "see_segmentation", "members")
+
+
+def ablation_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """What the paper only names, each beside the grid's own: another detector, or an ensemble instead of dropout.
+
+    Failures by the criterion ``paper``. ``aurc`` orders scans by 1 - the pairwise Dice coefficient of samples or
+    members.
+    """
+    varied = [e for e in experiments if e.kind in VARIANTS and e.folder]
+    rows = []
+    for run in dict.fromkeys(experiment.run for experiment in varied):
+        grid = [e for e in experiments if e.kind == "grid" and e.run == run and e.folder]
+        for experiment in grid + [e for e in varied if e.run == run]:
+            summary, kind = experiment.summary, experiment.kind
+            variant = "" if kind == "grid" else kind if experiment.value is None else f"{kind}: {experiment.value}"
+            rows.append(
+                {"model": network_name(*run[:2]), "map": MAPS[run[2]], "variant": variant}
+                | {"folds": listed(experiment.folds), "mean_dice": summary["mean_dice"]["mean"]}
+                | {"aurc": summary["scan_level"].get("sample_disagreement", {}).get("aurc")}
+                | detection(summary["detection"]["criteria"]["paper"])
+            )
+    return rows
 
 
 def sample_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:

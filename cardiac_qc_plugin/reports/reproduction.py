@@ -11,6 +11,7 @@ from .paper_tables import (
     CELLS,
     INDICES,
     Experiment,
+    ablation_rows,
     clinical_rows,
     cluster_rows,
     detection_rows,
@@ -40,6 +41,7 @@ def write_reproduction(output: Path, experiments: Sequence[Experiment], training
         "table5": sample_rows(experiments),
         "scans": scan_rows(experiments),
         "clusters": cluster_rows(experiments),
+        "ablations": ablation_rows(experiments),
         "trainings": list(trainings),
     }
     for name, rows in tables.items():
@@ -69,6 +71,7 @@ def page(tables: dict[str, list[Row]], shown: dict[str, bool]) -> str:
     for name, (_, caption) in FIGURES.items():
         picture = f"![{caption.partition('.')[0]}](figures/{name}.png)\n\n" if shown[name] else "Not run. "
         parts.append(picture + caption)
+    parts += ["## Other detectors and ensembles", ablations_text(tables["ablations"])]
     parts += ["## Smallest cluster that counts as a failure", clusters_text(tables["clusters"])]
     return "\n\n".join(parts) + "\n"
 
@@ -195,6 +198,26 @@ def scans_text(rows: Sequence[Row]) -> str:
         "curve, lower is better; oracle and random order beside it. r: Pearson's correlation."
     )
     header = ["", "score", "folds", "AURC", "oracle", "random", "r", "n"]
+    return f"{note}\n\n{markdown(header, lines) if lines else 'Not run.'}"
+
+
+def ablations_text(rows: Sequence[Row]) -> str:
+    """Other detectors, and ensembles instead of dropout."""
+    lines = [
+        [f"{row['model']}, {row['map']}", row["variant"].replace("_", " ") or "as in Table III", row["folds"]]
+        + [number(row["mean_dice"], 3), number(row["aurc"], 4)]
+        + [number(row[f"{key}_pct"], 1) for key in ("ap_mean_curve", "regions_flagged")]
+        + [number(row[f"{key}_pct"], 1) for key in ("region_precision", "region_recall", "voxel_sensitivity")]
+        for row in rows
+    ]
+    note = (
+        "Detector maps: out-of-fold maps come from the networks that did not see the patient, in-sample maps from the "
+        "network that did. See segmentation: its label numbers are the detector's third channel. Members: networks "
+        "of other seeds (ensemble), or one network at the end of each learning-rate cycle (snapshots); their mean is "
+        "the segmentation, their standard deviation the b-map. Criterion `paper`."
+    )
+    header = ["", "variant", "folds", "mean Dice", "AURC of scans", "slice AP, mean curve (%)", "flagged (%)"]
+    header += ["region precision (%)", "region recall (%)", "failure voxels found (%)"]
     return f"{note}\n\n{markdown(header, lines) if lines else 'Not run.'}"
 
 

@@ -1,11 +1,12 @@
 """What the pipeline takes for a scan, and under which name."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cardiac_qc_plugin.data.folds import hold_out
+from cardiac_qc_plugin.data.folds import hold_out, read_fold
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
@@ -67,6 +68,18 @@ def test_one_fold_of_a_datalist(tmp_path):
     assert [scan.case for scan in find_scans(tmp_path / "list.json", fold=1)] == ["heart_es"]
     with pytest.raises(ValueError, match="no item in fold 7"):
         find_scans(tmp_path / "list.json", fold=7)
+
+
+def test_no_fold_is_left_out_on_request(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.json").write_text(
+        json.dumps({"training": [{"image": name, "label": name, "fold": fold} for fold, name in enumerate("ab")]})
+    )
+    others, left_out = read_fold(tmp_path / "list.json", tmp_path, -1)
+    assert [Path(item["image"]).name for item in others] == ["a", "b"] and left_out == []
+    others, left_out = read_fold(tmp_path / "list.json", tmp_path, 1)
+    assert [Path(item["image"]).name for item in others + left_out] == ["a", "b"] and len(left_out) == 1
 
 
 def test_hold_out_keeps_patients_together_and_groups_balanced():

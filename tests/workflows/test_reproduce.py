@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
@@ -64,6 +65,7 @@ def settings(world):
         iterations=2,
         detector_iterations=2,
         samples=2,
+        detector_maps="in_sample",
         datalist=world / "folds.json",
         bundle_dir=world / "bundles",
     )
@@ -83,6 +85,7 @@ def command(settings, output, **options):
         "iterations": 2,
         "detector_iterations": 2,
         "samples": 2,
+        "detector_maps": "in_sample",
         **options,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -245,7 +248,7 @@ def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):
     assert outcome.failures == {}
     detector = Grid(settings).detector("drn", "ce", "bmap", 0)
     assert [need.name for need in detector.needs] == ["drn_ce/fold1/bmap/test"]
-    point = read_json(settings.output / RUN.format(0) / "out_of_fold_region4/detected/patient002_frame01/qc.json")
+    point = read_json(settings.output / RUN.format(0) / "out_of_fold_region_size4/detected/patient002_frame01/qc.json")
     assert point["detection"]["region_size"] == 4
     table = rows_of(settings.output / "tables" / "table5.csv")
     ours = {(r["metric"], r["samples"]): r["mean"] for r in table if r["model"] == "DRN-CE"}
@@ -258,13 +261,87 @@ def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):
     assert "| DRN-CE+MC | 20 | 0 1 |" in page
 
 
+def test_what_the_paper_only_names(settings, world):
+    """A detector that sees the segmentation, one with other maps, and members in the place of dropout samples."""
+    ablations = ("see_segmentation", "detector_maps", "ensemble", "snapshots")
+    for bundle in (world / "bundles").glob("*_segmentation/configs"):
+        cycles = read_json(bundle / "snapshots.json") | read_json(bundle / "tiny.json") | {"snapshots": 2}
+        write_json(bundle / "cycles.json", cycles)
+    detector = world / "bundles/cardiac_segmentation_failure/configs"
+    shutil.copy(detector / "tiny.json", detector / "cycles.json")
+    output = world / "named"
+    settings = replace(settings, output=output, regime="cycles", members=2, ablations=ablations)
+    settings = replace(settings, models=("dn",), losses=("brier",))  # the smallest network
+    assert reproduce(settings).failures == {}
+    detected = output / "dn_brier/fold0"
+    seen = Grid(settings).detector("dn", "brier", "bmap", 0, settings.detectors["see_segmentation", None]).folder
+    weights = torch.load(seen / "model.pt", weights_only=True)["features.0.0.weight"]
+    assert weights.shape[1] == 3 and seen.parent.name == "in_sample_see_segmentation"
+    assert (detected / "bmap/out_of_fold/detected/patient002_frame01/failure_probability.nii.gz").is_file()
+    members = [detected / f"segmentation{suffix}" / "model.pt" for suffix in ("", "_seed1")]
+    snapshots = [detected / "segmentation" / f"snapshot{n}.pt" for n in (1, 2)]
+    first, last, final, other = (torch.load(p, weights_only=True)["layers.0.weight"] for p in snapshots + members)
+    assert torch.equal(last, final) and not torch.equal(first, last) and not torch.equal(final, other)
+    for source, files in (("ensemble", members), ("snapshots", snapshots)):
+        case = detected / source / "in_sample/detected/patient002_frame01"
+        record = read_json(case / "qc.json")["segmentation"]
+        assert record["samples"] == len(files) == len(record["sample_volume_ml"]["LV"])
+        networks = [BundlePredictor(settings.segmenter("dn"), ckpt_path=str(path), samples=0) for path in files]
+        scan = settings.data / "patient002/patient002_frame01.nii.gz"
+        inputs = networks[0].preprocessing({"image": str(scan)})["image"][None]
+        with torch.no_grad():
+            slices = inputs[0].movedim(-1, 0).as_subclass(torch.Tensor)
+            probabilities = torch.stack([each.network(slices).softmax(dim=1) for each in networks])
+        spread = (2 * probabilities.std(dim=0)).clamp(0, 1).mean(dim=1).movedim(0, -1)  # Eq. 1, on the coarse grid
+        written = read_volume(case / "bayesian.nii.gz").data
+        assert written.mean() == pytest.approx(float(spread.mean()), rel=0.05) and written.max() > 0
+    table = rows_of(output / "tables" / "ablations.csv")
+    variants = ["", "see_segmentation", "detector_maps: out_of_fold", "members: ensemble", "members: snapshots"]
+    assert [row["variant"] for row in table] == variants and all(row["mean_dice"] for row in table)
+    assert "| DN-Brier, b-map | members: ensemble | 0 1 |" in (output / "results.md").read_text()
+    with pytest.raises(ValueError, match="'tiny' with 2 iterations of dn leaves no snapshots"):
+        Grid(replace(settings, regime="tiny")).by_fold()
+
+
+def test_tracking_by_mlflow(settings, world):
+    pytest.importorskip("mlflow", reason="pip install mlflow")
+    stage = Grid(replace(settings, output=world / "tracked", tracking="mlflow", iterations=1)).network("dn", "brier", 0)
+    stage.run(Budget())
+    assert (stage.folder / "mlruns.db").is_file() and stage.done
+
+
+def test_what_is_shipped_learns_from_all(settings, grid, world):
+    """A detector of all patients, with the operating point of both folds together."""
+    output = world / "shipped"
+    shutil.copytree(settings.output, output)
+    settings = replace(settings, output=output, folds=(0, 1, -1))
+    outcome = reproduce(settings)
+    assert "4 stages carried out, 13 were there already" in outcome.text and outcome.failures == {}
+    folder = output / "drn_ce/all/bmap/in_sample"
+    assert not (folder / "detector/model_operating_point.json").exists() and (folder / "detector/model.pt").is_file()
+    assert len(list((output / "drn_ce/all/bmap/training").glob("*/qc.json"))) == 12
+    point = read_json(folder / "operating_point/operating_point.json")
+    assert point["n_volumes"] == 12 and point["beta"] == 2.0
+    probabilities = [
+        read_volume(path).data for path in output.glob("drn_ce/fold*/bmap/in_sample/detected/*/failure_prob*")
+    ]
+    assert any(np.isclose(values, point["threshold"], atol=1e-6).any() for values in probabilities)
+
+
+def test_detectors_learn_from_out_of_fold_maps_where_all_folds_are_there(settings):
+    auto = replace(settings, detector_maps="auto")
+    assert auto.detector.maps == "out_of_fold" and replace(auto, folds=(1,)).detector.maps == "in_sample"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"models": ("vgg",)}, "--models are of drn, unet, dn, got 'vgg'"),
-        ({"folds": (2,)}, "--folds are of 0, 1, got '2'"),
+        ({"folds": (2,)}, "--folds are of 0, 1, -1, got '2'"),
         ({"losses": ("brier",)}, "None of the models drn has one of these losses"),
-        ({"detector_maps": "out_of_fold", "folds": (0,)}, "needs the networks of all folds: give --folds 0,1"),
+        ({"detector_maps": "out_of_fold", "folds": (0,)}, "need the networks of all folds: give --folds 0,1"),
+        ({"ablations": ("detector_maps",), "folds": (1,)}, "need the networks of all folds: give --folds 0,1"),
+        ({"members": 1}, "--members is 2 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings, change, message):

@@ -23,6 +23,7 @@ from .stage_work import (
     device_setting,
     evaluate_folds,
     inference_digest,
+    pool_operating_point,
     segment_scans,
     train_network,
 )
@@ -33,8 +34,39 @@ __all__ = ["ABLATIONS", "LOSSES", "Grid", "Settings"]
 
 LOSSES = {"drn": ("ce", "soft_dice"), "unet": ("ce", "soft_dice"), "dn": ("brier", "soft_dice")}  # section V-A
 TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
-ABLATIONS = ("samples", "region_size", "labels")
+ABLATIONS = ("samples", "region_size", "labels", "see_segmentation", "detector_maps", "ensemble", "snapshots")
 DETECTOR = "cardiac_segmentation_failure"
+NEVER = 1_000_000  # epochs
+ALL = -1  # in the place of a fold: nothing is left out
+MEMBERS = ("ensemble", "snapshots")  # where an uncertainty map comes from members, not from dropout
+
+
+@dataclass(frozen=True)
+class Detector:
+    """How a detector is made.
+
+    Attributes:
+        maps: what it learns from, ``"in_sample"`` or ``"out_of_fold"``.
+        settings: entries of its bundle's configuration to replace.
+    """
+
+    maps: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return "_".join([self.maps, *(key if value is True else f"{key}{value}" for key, value in self.settings)])
+
+
+def fold_name(fold: int | str) -> str:
+    """Folder of a fold; "evaluation" is its own name."""
+    return fold if isinstance(fold, str) else "all" if fold == ALL else f"fold{fold}"
+
+
+def map_of(source: str) -> str:
+    """The kind of uncertainty map: that of members is a b-map."""
+    return "bmap" if source in MEMBERS else source
 
 
 @dataclass(frozen=True)
@@ -44,7 +76,7 @@ class Settings:
     Args:
         data: folder of the data set, which has the references as well.
         output: folder for everything that is written.
-        folds: folds to leave out, each in turn.
+        folds: folds to leave out, each in turn; -1 for networks and detectors of all patients, as one would ship them.
         models: ``"drn"``, ``"unet"``, ``"dn"``.
         losses: of the paper's two for each model (`LOSSES`), those to train with; all by default.
         maps: ``"bmap"``, ``"emap"``.
@@ -53,8 +85,11 @@ class Settings:
         detector_iterations: of the detectors.
         samples: Monte Carlo samples T for the b-map.
         detector_maps: what detectors are trained on: ``"in_sample"``, maps of the network's own training patients
-            (the paper), or ``"out_of_fold"``, maps of the same patients by the networks that did not see them.
+            (the paper), ``"out_of_fold"``, maps of the same patients by the networks that did not see them, or
+            ``"auto"``: out-of-fold if all folds are asked for, else in-sample.
         ablations: of `ABLATIONS`.
+        members: networks of an ensemble, trained from different seeds.
+        tracking: ``"mlflow"`` to track the trainings with it, by MONAI's own settings; or a file with others.
         datalist: with folds; by default the bundles' ``acdc_folds.json``.
         device: ``"auto"`` or a torch device.
         bundle_dir: folder of the bundles; by default the repository's.
@@ -73,8 +108,10 @@ class Settings:
     iterations: int | None = None
     detector_iterations: int | None = None
     samples: int | None = None
-    detector_maps: str = "in_sample"
+    detector_maps: str = "auto"
     ablations: tuple[str, ...] = ()
+    members: int = 5
+    tracking: str | None = None
     datalist: Path | None = None
     device: str = "auto"
     bundle_dir: Path | None = None
@@ -85,7 +122,7 @@ class Settings:
             "losses": ("ce", "brier", "soft_dice"),
             "maps": tuple(MAP_FILES),
             "ablations": ABLATIONS,
-            "folds": self.all_folds,
+            "folds": (*self.all_folds, ALL),
         }
         for name, allowed in choices.items():
             unknown = [value for value in getattr(self, name) if value not in allowed]
@@ -93,11 +130,42 @@ class Settings:
                 raise ValueError(f"--{name} are of {', '.join(map(str, allowed))}, got '{unknown[0]}'.")
         if not self.combinations:
             raise ValueError(f"None of the models {', '.join(self.models)} has one of these losses in the paper.")
-        if self.detector_maps not in ("in_sample", "out_of_fold"):
-            raise ValueError(f"--detector_maps is in_sample or out_of_fold, got '{self.detector_maps}'.")
-        if self.detector_maps == "out_of_fold" and set(self.folds) != set(self.all_folds):
+        if self.detector_maps not in ("auto", "in_sample", "out_of_fold"):
+            raise ValueError(f"--detector_maps is auto, in_sample or out_of_fold, got '{self.detector_maps}'.")
+        if not self.has_all_folds and (self.detector_maps == "out_of_fold" or "detector_maps" in self.ablations):
             listed = ",".join(map(str, self.all_folds))
-            raise ValueError(f"--detector_maps out_of_fold needs the networks of all folds: give --folds {listed}.")
+            raise ValueError(f"Out-of-fold detector maps need the networks of all folds: give --folds {listed}.")
+        if self.members < 2:
+            raise ValueError(f"--members is 2 or more, got {self.members}.")
+
+    @property
+    def has_all_folds(self) -> bool:
+        """Whether every fold of the datalist is asked for."""
+        return set(self.folds) - {ALL} == set(self.all_folds)
+
+    @property
+    def tested(self) -> tuple[int, ...]:
+        """The folds that are asked for and have patients to test on."""
+        return tuple(fold for fold in self.folds if fold != ALL)
+
+    @property
+    def detector(self) -> Detector:
+        """The detector of the grid."""
+        auto = "out_of_fold" if self.has_all_folds else "in_sample"
+        return Detector(auto if self.detector_maps == "auto" else self.detector_maps)
+
+    @property
+    def detectors(self) -> dict[tuple[str, Any], Detector]:
+        """The detectors of the ablations, by what varies and its value."""
+        maps, found = self.detector.maps, {}
+        if "region_size" in self.ablations:
+            found |= {("region_size", size): Detector(maps, (("region_size", size),)) for size in REGION_SIZES}
+        if "see_segmentation" in self.ablations:
+            found["see_segmentation", None] = Detector(maps, (("see_segmentation", True),))
+        if "detector_maps" in self.ablations:
+            other = "in_sample" if maps == "out_of_fold" else "out_of_fold"
+            found["detector_maps", other] = Detector(other)
+        return found
 
     @property
     def combinations(self) -> list[tuple[str, str]]:
@@ -163,73 +231,99 @@ class Grid:
         """A stage that trains by a bundle's ``train.json``; `own` are settings that are part of the digest."""
         configs = config_files(bundle, self.settings.regime)
         own = own | ({} if iterations is None else {"iterations": iterations})
-        total = iterations or ConfigParser.load_config_files(configs)["iterations"]
+        config = ConfigParser.load_config_files(configs)
         common = {"bundle_root": str(bundle), "data_list_file_path": str(self.settings.datalist_file)}
         common |= {"dataset_dir": str(self.settings.data)} | device_setting(self.settings.device)
+        common["val_interval"] = NEVER  # the fold that is left out is measured by later stages
         texts = [Path(file).read_text() for file in configs]
+        snapshots = [f"snapshot{number + 1}.pt" for number in range(config.get("snapshots", 0))]
+        held_out = bundle.name == DETECTOR and own["fold"] != ALL
+        beside = ["model_operating_point.json"] if held_out else snapshots
         return self.stage(
             name,
             settings={"bundle": bundle.name, "configs": digest(*texts), "data": self.listing, **own},
-            work=partial(train_network, configs, {**common, **paths, **own}),
-            outputs=("model.pt", "model_operating_point.json") if bundle.name == DETECTOR else ("model.pt",),
+            work=partial(train_network, configs, {**common, **paths, **own}, self.settings.tracking),
+            outputs=("model.pt", *beside),
             needs=needs,
-            info={"kind": "train", "configs": configs, "iterations": total, "own": own}
-            | {"device": device_setting(self.settings.device), "regime": self.settings.regime},
+            info={"kind": "train", "configs": configs, "iterations": iterations or config["iterations"], "own": own}
+            | {"device": device_setting(self.settings.device), "regime": self.settings.regime, "snapshots": snapshots},
         )
 
-    def network(self, model: str, loss: str, fold: int) -> Stage:
-        """Training of a segmentation network."""
-        name = f"{model}_{loss}/fold{fold}/segmentation"
-        own = {"loss": loss, "fold": fold}
+    def network(self, model: str, loss: str, fold: int, seed: int = 0) -> Stage:
+        """Training of a segmentation network; other seeds than 0 are further members of an ensemble."""
+        name = f"{model}_{loss}/{fold_name(fold)}/segmentation" + (f"_seed{seed}" if seed else "")
+        own = {"loss": loss, "fold": fold} | ({"seed": seed} if seed else {})
         return self.training(name, self.settings.segmenter(model), self.settings.iterations, own, ())
+
+    def networks(self, model: str, loss: str, source: str, fold: int) -> tuple[list[Stage], list[Path]]:
+        """The trainings behind a map, and their weights: one network's, or those of an ensemble's members.
+
+        Raises:
+            ValueError: if snapshots are asked of a regime that leaves none.
+        """
+        seeds = range(self.settings.members if source == "ensemble" else 1)
+        stages = [self.network(model, loss, fold, seed) for seed in seeds]
+        if source != "snapshots":
+            return stages, [stage.folder / "model.pt" for stage in stages]
+        info = stages[0].info
+        if len(info["snapshots"]) < 2 or info["iterations"] % len(info["snapshots"]):
+            raise ValueError(
+                f"--ablations snapshots: '{info['regime']}' with {info['iterations']} iterations of {model} leaves no "
+                "snapshots, or parts of different lengths. Choose --regime snapshots, or other --iterations."
+            )
+        return stages, [stages[0].folder / name for name in info["snapshots"]]
 
     def maps(self, model: str, loss: str, map: str, fold: int, part: str, samples: int | None = None) -> Stage:
         """Segmentation and map of the fold that was left out (``part`` "test") or of the others ("training").
 
-        An e-map comes from one pass without dropout, so nothing is sampled for it.
+        ``map`` is an uncertainty map, or one of `MEMBERS`. An e-map comes from one pass without dropout, so nothing is
+        sampled for it.
         """
         others = [other for other in self.settings.all_folds if other != fold]
         scans = self.settings.scans([fold] if part == "test" else others)
-        folder = f"{model}_{loss}/fold{fold}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
-        samples = 0 if map == "emap" else samples or self.settings.samples
-        own = {"map": map} | ({} if samples is None else {"samples": samples})
-        bundle, network = self.settings.segmenter(model), self.network(model, loss, fold)
-        files = ("segmentation.nii.gz", MAP_FILES[map])
+        folder = f"{model}_{loss}/{fold_name(fold)}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
+        networks, weights = self.networks(model, loss, map, fold)
+        samples = {"emap": 0, "bmap": samples or self.settings.samples}.get(map, len(weights))
+        own = {"map": map_of(map)} | ({} if samples is None else {"samples": samples})
+        bundle = self.settings.segmenter(model)
+        files = ("segmentation.nii.gz", MAP_FILES[map_of(map)])
         return self.stage(
             folder,
             settings={"bundle": bundle.name, "configs": inference_digest(bundle), **own},
-            work=partial(segment_scans, scans, bundle, network, own, self.settings.device),
+            work=partial(segment_scans, self.settings.device),
             outputs=tuple(f"{scan.case}/{file}" for scan in scans for file in files),
-            needs=(network,),
-            info={"kind": "segment", "bundle": bundle, "scans": scans, "own": own}
+            needs=tuple(networks),
+            info={"kind": "segment", "bundle": bundle, "scans": scans, "own": own, "weights": weights}
             | {"device": device_setting(self.settings.device)},
         )
 
-    def detector(self, model: str, loss: str, map: str, fold: int, region_size: int | None = None) -> Stage:
+    def detector(self, model: str, loss: str, map: str, fold: int, detector: Detector | None = None) -> Stage:
         """Training of a detector."""
+        detector = detector or self.settings.detector
         others = [other for other in self.settings.all_folds if other != fold]
-        if self.settings.detector_maps == "in_sample":
+        if detector.maps == "in_sample":
             sources = (self.maps(model, loss, map, fold, "training"),)
         else:
             sources = tuple(self.maps(model, loss, map, other, "test") for other in others)
-        own = {"map": map, "fold": fold} | ({} if region_size is None else {"region_size": region_size})
-        name = f"{self.run_folder(model, loss, map, fold, region_size)}/detector"
+        own = {"map": map_of(map), "fold": fold, **dict(detector.settings)}
+        name = f"{self.run_folder(model, loss, map, fold, detector)}/detector"
         folders = [str(source.folder) for source in sources]
         bundle, iterations = self.settings.bundle(DETECTOR), self.settings.detector_iterations
         return self.training(name, bundle, iterations, own, sources, predictions_dir=folders)
 
-    def detection(self, model: str, loss: str, map: str, fold: int, region_size: int | None = None) -> Stage:
+    def detection(self, model: str, loss: str, map: str, fold: int, detector: Detector | None = None) -> Stage:
         """Flagged regions of the fold that was left out."""
+        detector = detector or self.settings.detector
         maps = self.maps(model, loss, map, fold, "test")
-        detector = self.detector(model, loss, map, fold, region_size)
+        training = self.detector(model, loss, map, fold, detector)
         scans, bundle = maps.info["scans"], self.settings.bundle(DETECTOR)
-        own = {"map": map} | ({} if region_size is None else {"region_size": region_size})
+        own = {"map": map_of(map), **dict(detector.settings)}
         return self.stage(
-            f"{self.run_folder(model, loss, map, fold, region_size)}/detected",
+            f"{self.run_folder(model, loss, map, fold, detector)}/detected",
             settings={"bundle": bundle.name, "configs": inference_digest(bundle), **own},
-            work=partial(detect_failures, maps, detector, bundle, own, self.settings.device),
+            work=partial(detect_failures, maps, training, bundle, own, self.settings.device),
             outputs=tuple(f"{scan.case}/{file}" for scan in scans for file, _ in DETECT_FILES.values()),
-            needs=(maps, detector),
+            needs=(maps, training),
             info={"kind": "detect"},
         )
 
@@ -257,26 +351,52 @@ class Grid:
             info={"kind": "evaluate"},
         )
 
-    def run_folder(self, model: str, loss: str, map: str, fold: int | str, region_size: int | None = None) -> str:
+    def run_folder(self, model: str, loss: str, map: str, fold: int | str, detector: Detector | None = None) -> str:
         """Folder of a detector and what comes after it."""
-        fold = f"fold{fold}" if isinstance(fold, int) else fold
-        suffix = "" if region_size is None else f"_region{region_size}"
-        return f"{model}_{loss}/{fold}/{map}/{self.settings.detector_maps}{suffix}"
+        return f"{model}_{loss}/{fold_name(fold)}/{map}/{(detector or self.settings.detector).name}"
 
     def by_fold(self) -> list[Stage]:
         """The stages of each fold up to the correction, in the order in which they are carried out."""
         runs = [(m, loss, map) for m, loss in self.settings.combinations for map in self.settings.maps]
         first, later = [], []
-        for fold in self.settings.folds:
+        for fold in self.settings.tested:
             for key in runs:
                 first += [self.network(*key[:2], fold), self.maps(*key, fold, "test")]
             for key in runs:
-                later += [*self.detector(*key, fold).needs, self.detector(*key, fold)]
-                later += [self.detection(*key, fold), self.correction(*key, fold)]
+                later += self.detected(key, fold) + [self.correction(*key, fold)]
             later += self.ablations(fold, runs)
-            if self.settings.detector_maps == "in_sample":  # a fold is finished before the next one begins
+            if self.settings.detector.maps == "in_sample":  # a fold is finished before the next one begins
                 first, later = first + later, []
-        return list(dict.fromkeys(first + later))
+        shipped = [stage for key in runs for stage in self.shipped(key)] if ALL in self.settings.folds else []
+        return list(dict.fromkeys(first + later + shipped))
+
+    def shipped(self, key: tuple[str, str, str]) -> list[Stage]:
+        """A network and a detector of all patients, and the operating point from the folds that were tested."""
+        training = self.detector(*key, ALL)
+        found = [self.network(*key[:2], ALL), *training.needs, training]
+        detections = [self.detection(*key, fold) for fold in self.settings.tested]
+        if detections:
+            name = f"{self.run_folder(*key, ALL)}/operating_point"
+            config = ConfigParser.load_config_files(training.info["configs"])
+            rule = {name: config[name] for name in ("criterion", "beta")}
+            found.append(
+                self.stage(
+                    name,
+                    settings={"data": self.listing, **rule},
+                    work=partial(pool_operating_point, detections, self.settings.data, rule),
+                    outputs=("operating_point.json",),
+                    needs=tuple(detections),
+                    info={"kind": "evaluate"},
+                )
+            )
+        return found
+
+    def detected(self, key: tuple[str, str, str], fold: int, detector: Detector | None = None) -> list[Stage]:
+        """The stages from the maps that a detector learns from to its detection."""
+        training = self.detector(*key, fold, detector)
+        networks = [network for maps in training.needs for network in maps.needs]
+        test = self.maps(*key, fold, "test")
+        return [*networks, *training.needs, training, *test.needs, test, self.detection(*key, fold, detector)]
 
     def ablations(self, fold: int, runs: Sequence[tuple[str, str, str]]) -> list[Stage]:
         """The stages of a fold that the ablations need beyond these."""
@@ -284,17 +404,19 @@ class Grid:
         if "samples" in self.settings.ablations and "bmap" in self.settings.maps:
             pairs = [pair for pair in TABLE_V if pair in self.settings.combinations]
             stages += [self.maps(*pair, "bmap", fold, "test", samples) for pair in pairs for samples in SAMPLES]
-        if "region_size" in self.settings.ablations:
+        for detector in self.settings.detectors.values():
             for key in runs:
-                for size in REGION_SIZES:
-                    stages += [self.detector(*key, fold, size), self.detection(*key, fold, size)]
+                stages += self.detected(key, fold, detector)
+        for model, loss, map in runs:
+            for source in self.members((model, loss, map)):
+                stages += self.detected((model, loss, source), fold)
         return stages
 
     def over_folds(self, planned: bool = False) -> list[Experiment]:
         """What is measured over folds: those that are asked for, or all whose stages are done with these settings."""
 
         def over(stage_of: Callable[[int], Stage]) -> tuple[list[int], list[Stage]]:
-            stages = {fold: stage_of(fold) for fold in (asked.folds if planned else asked.all_folds)}
+            stages = {fold: stage_of(fold) for fold in (asked.tested if planned else asked.all_folds)}
             done = {fold: stage for fold, stage in stages.items() if planned or stage.done}
             return list(done), list(done.values())
 
@@ -313,6 +435,11 @@ class Grid:
         stage = self.evaluation(self.run_folder(*key, "evaluation"), before, after) if folds else None
         return [Experiment("grid", *key, None, folds, stage), *self.ablated(key, over)]
 
+    def members(self, key: tuple[str, str, str]) -> list[str]:
+        """The ensembles that are asked for beside a run: once for each network, beside its b-map."""
+        beside = key[:2] in self.settings.combinations and key[2] == "bmap"
+        return [source for source in MEMBERS if beside and source in self.settings.ablations]
+
     def ablated(self, key: tuple[str, str, str], over: Callable) -> list[Experiment]:
         """Measurements of the ablations of one network and map."""
         model, loss, map = key
@@ -323,12 +450,16 @@ class Grid:
                 name = f"{model}_{loss}/evaluation/{samples}_samples"
                 stage = self.evaluation(name, stages) if folds else None
                 result.append(Experiment("samples", *key, samples, folds, stage))
-        if "region_size" in self.settings.ablations:
-            for size in REGION_SIZES:
-                folds, stages = over(lambda fold, size=size: self.detection(*key, fold, size))
-                name = self.run_folder(*key, "evaluation", size)
-                stage = self.evaluation(name, stages) if folds else None
-                result.append(Experiment("region_size", *key, size, folds, stage))
+        for (kind, value), detector in self.settings.detectors.items():
+            folds, stages = over(lambda fold, detector=detector: self.detection(*key, fold, detector))
+            name = self.run_folder(*key, "evaluation", detector)
+            stage = self.evaluation(name, stages) if folds else None
+            result.append(Experiment(kind, *key, value, folds, stage))
+        for source in self.members(key):
+            own = (model, loss, source)
+            folds, stages = over(lambda fold, own=own: self.detection(*own, fold))
+            stage = self.evaluation(self.run_folder(*own, "evaluation"), stages) if folds else None
+            result.append(Experiment("members", *key, source, folds, stage))
         if "labels" in self.settings.ablations:
             folds, stages = over(lambda fold: self.maps(*key, fold, "test"))
             stage = self.label_rules(key, stages) if folds else None

@@ -26,7 +26,7 @@ def slice_area(path: Path) -> tuple[float, int]:
 def training_estimate(stage: Stage, measure: Any) -> tuple[str, float, dict[str, Any]]:
     """What is left of a training, the seconds it takes, and the measured step."""
     info = stage.info
-    own = {key: value for key, value in info["own"].items() if key == "region_size"}
+    own = {key: value for key, value in info["own"].items() if key in ("region_size", "see_segmentation")}
     step = measure(training_step, info["configs"], own | info["device"])
     done = max([checkpoint_iteration(stage.folder / "loss.csv", d) for d in stage.folder.glob("resume_*")], default=0)
     note = f"{info['iterations']} iterations" + (f", resumes near {done}" if done else "")

@@ -3,16 +3,18 @@
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cardiac_qc_plugin.bundle import BundlePredictor
-from cardiac_qc_plugin.data.inputs import Scan
 
 from ..correct import correct
 from ..evaluate import evaluate
 from ..files import read_json
-from ..references import Outcome
+from ..measure import measure_case
+from ..operating_point import choose_operating_point
+from ..references import Outcome, References, each_case
 from ..run import digest, run
 from .stages import Budget, BudgetSpent, Stage
 from .training import train
@@ -30,23 +32,38 @@ def inference_digest(bundle: Path) -> str:
     return digest((bundle / "configs" / "inference.json").read_text())
 
 
-def train_network(configs: list[str], settings: dict[str, Any], stage: Stage, budget: Budget) -> None:
+def train_network(
+    configs: list[str], settings: dict[str, Any], tracking: str | None, stage: Stage, budget: Budget
+) -> None:
     """Train into the stage's folder; checkpoints of other settings are removed."""
     resume = stage.folder / f"resume_{stage.digest()[:12]}"
     for other in set(stage.folder.glob("resume_*")) - {resume}:
         shutil.rmtree(other)
     paths = {"ckpt_dir": str(stage.folder), "resume_dir": str(resume)}
-    train(configs, {**settings, **paths}, stage.folder, budget)
+    train(configs, {**settings, **paths}, stage.folder, budget, tracking)
 
 
-def segment_scans(
-    scans: list[Scan], bundle: Path, network: Stage, own: dict[str, Any], device: str, stage: Stage, budget: Budget
-) -> None:
-    """Segment scans with a trained network; those that are done with it are skipped."""
+def segmenter(maps: Stage, device: str) -> BundlePredictor:
+    """The network that a stage of maps segments with, or its ensemble."""
+    info = maps.info
+    own = info["own"] | {"ckpt_path": str(info["weights"][-1])}
+    if len(info["weights"]) > 1:
+        own["inferer"] = {
+            "_target_": "cardiac_qc_plugin.inferers.EnsembleSliceInferer",
+            "_desc_": digest(*(network.fingerprint() for network in maps.needs)),  # in the digest of each case
+            "members": [str(path) for path in info["weights"]],
+            "amp": "@amp",
+        }
+    return BundlePredictor(info["bundle"], device, **own)
+
+
+def segment_scans(device: str, stage: Stage, budget: Budget) -> None:
+    """Segment a stage's scans; those that are done with the same weights are skipped."""
+    scans = stage.info["scans"]
     cases = {scan.case for scan in scans}
     for folder in [path for path in stage.folder.iterdir() if path.name not in cases]:
         shutil.rmtree(folder)  # of another datalist
-    predictor = BundlePredictor(bundle, device, ckpt_path=str(network.folder / "model.pt"), **own)
+    predictor = segmenter(stage, device)
     for start in range(0, len(scans), SCANS_AT_ONCE):
         if not budget.allows():
             raise BudgetSpent(f"{stage.folder}: {start} of {len(scans)} scans are segmented.")
@@ -61,9 +78,8 @@ def detect_failures(
     shutil.copytree(maps.folder, stage.folder, copy_function=link_or_copy)
     point = read_json(detector.folder / "model_operating_point.json")
     own = {**own, "ckpt_path": str(detector.folder / "model.pt"), "threshold": point["threshold"]}
-    segment = maps.info["own"] | {"ckpt_path": str(maps.needs[0].folder / "model.pt")}
-    segmenter = BundlePredictor(maps.info["bundle"], device, **segment)  # all is segmented, so it only has to agree
-    run(maps.info["scans"], stage.folder, segmenter, BundlePredictor(bundle, device, **own))
+    # all is segmented, so the segmenter only has to agree
+    run(maps.info["scans"], stage.folder, segmenter(maps, device), BundlePredictor(bundle, device, **own))
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -86,6 +102,18 @@ def evaluate_folds(
     """Measure the folds together."""
     folders = [[each.folder for each in stages] for stages in (before, after)]
     complete(evaluate(folders[0], reference, stage.folder, folders[1] or None))
+
+
+def pool_operating_point(
+    detections: Sequence[Stage], reference: Path, rule: dict[str, Any], stage: Stage, budget: Budget
+) -> None:
+    """The threshold with the largest F-beta over the regions of all folds, each by its own detector."""
+    references, volumes = References(reference), []
+    for detection in detections:
+        cases, failures = each_case(detection.folder, partial(measure_case, references=references), "operating point")
+        complete(Outcome("", failures))
+        volumes += [case.detection[rule["criterion"]] for case in cases.values()]
+    choose_operating_point(volumes, stage.folder / "operating_point.json", rule["beta"])
 
 
 def complete(outcome: Outcome) -> None:

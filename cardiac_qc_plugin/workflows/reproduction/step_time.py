@@ -64,6 +64,7 @@ def training_step(configs: list[str], settings: dict[str, Any]) -> dict[str, Any
     """
     parser = ConfigParser()
     parser.read_config(configs)
+    parser.update(settings)
     channels = parser.get_parsed_content("network_def#in_channels")
     rng = np.random.default_rng(0)
     volume = {
@@ -71,7 +72,7 @@ def training_step(configs: list[str], settings: dict[str, Any]) -> dict[str, Any
         "label": (rng.random((1, 256, 256, 8)) < 5e-4).astype(np.uint8),  # some regions fail, as w_pos needs
     }
     dataset = {"data": [volume], "transform": as_it_is, "length": STEPS + 1}
-    parser.update({**settings, **{f"train#dataset#{key}": value for key, value in dataset.items()}})
+    parser.update({f"train#dataset#{key}": value for key, value in dataset.items()})
     parser.parse()
     steps = timed_steps(parser)
     next(steps)  # to warm up

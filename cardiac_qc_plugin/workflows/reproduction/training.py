@@ -91,7 +91,9 @@ def stop_at(budget: Budget, engine: Engine) -> None:
         engine.terminate()
 
 
-def train(configs: list[str], settings: dict[str, Any], folder: Path, budget: Budget) -> None:
+def train(
+    configs: list[str], settings: dict[str, Any], folder: Path, budget: Budget, tracking: str | None = None
+) -> None:
     """Train to the end, or until the budget is spent; an earlier training with the same ``resume_dir`` goes on.
 
     Written to `folder`: ``loss.csv``, and TensorBoard's files where ``tensorboard`` is installed. The weights and
@@ -102,6 +104,7 @@ def train(configs: list[str], settings: dict[str, Any], folder: Path, budget: Bu
         settings: entries of the configuration to replace.
         folder: for the loss curve.
         budget: at least one epoch is trained.
+        tracking: see :class:`monai.bundle.ConfigWorkflow`; ``"mlflow"`` writes to ``mlruns.db`` in the folder.
 
     Raises:
         BudgetSpent: if it stopped early; its checkpoint is kept.
@@ -109,6 +112,7 @@ def train(configs: list[str], settings: dict[str, Any], folder: Path, budget: Bu
     """
     curve = LossCurve(folder / "loss.csv")
     try:
+        settings = settings | ({"tracking": tracking, "output_dir": str(folder)} if tracking else {})
         workflow = ConfigWorkflow(config_file=configs, workflow_type="train", logging_file=False, **settings)
         workflow.initialize()
         trainer = workflow.parser.get_parsed_content("train#trainer")
