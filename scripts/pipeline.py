@@ -11,12 +11,14 @@
     python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
     python scripts/pipeline.py reproduce --data DIR --output DIR [--dry_run]
     python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
+    python scripts/pipeline.py table    --predictions DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
 import json
 import logging
+import signal
 import sys
 import warnings
 
@@ -77,12 +79,20 @@ def run(
     series: int | tuple[int, ...] | None = None,
     name_by: str = "study",
     bundle_dir: str | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    worker_cpus: int = 1,
+    worker_gpus: float = 0,
+    retries: int = 3,
 ) -> None:
     """Segment scans and flag the regions where the segmentation probably failed.
 
     Args:
-        input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, or a MONAI datalist.
-        output: folder for the results; what is already there with the same input and settings is skipped.
+        input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, a MONAI datalist, or a
+            manifest (CSV or Parquet with a column image, and case if cases are not named by their files).
+        output: folder for the results; what is already there with the same input and settings is skipped. With engine
+            ray, an fsspec URL (s3://...) as well.
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
         samples: Monte Carlo samples T.
@@ -99,18 +109,29 @@ def run(
         name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
             patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
+        engine: local, or ray: over the workers of a Ray cluster, for cohorts (docs/scaling.md).
+        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        workers: of the Ray cluster; by default as many as it has room for.
+        worker_cpus: CPUs, and threads, of a worker.
+        worker_gpus: GPUs of a worker; 0.25 lets four share one.
+        retries: a file is tried so often when its worker dies, then it is quarantined and named.
     """
-    from cardiac_qc_plugin.bundle import load_models
-    from cardiac_qc_plugin.workflows.run import CaseFailures
+    from functools import partial
+
+    from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    if sample_phases not in ("all", "ed_es"):
-        raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
+    load = partial(load_predictors, model, map, samples, sample_phases, device, bundle_dir, threshold)
+    if engine == "ray":
+        from cardiac_qc_plugin.workflows.cohort import Cluster, CohortWorker, run_cohort
+
+        make = partial(CohortWorker, str(output), load, (ed, es))
+        cluster = Cluster(address, workers, worker_cpus, worker_gpus)
+        return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold))
+    if engine != "local":
+        raise ValueError(f"--engine is local or ray, got '{engine}'.")
     inputs = _gather(input, output, root, fold, series, name_by)
-    models = load_models(model, map, samples, device, bundle_dir, threshold)
-    preview = None
-    if map == "bmap" and sample_phases == "ed_es":
-        preview = load_models(model, "emap", 0, device, bundle_dir)
+    models, preview = load()
     try:
         cases = run_workflow(inputs.scans, str(output), *models, inputs.failures, preview=preview, given=(ed, es))
     except CaseFailures as failures:
@@ -262,6 +283,17 @@ def dicom_seg(predictions: str, dicom: str) -> None:
     from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
 
     _finish(write_dicom_seg(predictions, dicom))
+
+
+def table(predictions: str) -> None:
+    """Write the results of a run as one Parquet table, cases.parquet: a row for each case, of a cine for each phase.
+
+    Args:
+        predictions: output folder of run, which writes the table itself where pyarrow is installed.
+    """
+    from cardiac_qc_plugin.workflows.table import table as table_workflow
+
+    _finish(table_workflow(predictions))
 
 
 def export(
@@ -447,7 +479,9 @@ def main() -> None:
         "fold_to_bundle": fold_to_bundle,
         "reproduce": reproduce,
         "dicom_seg": dicom_seg,
+        "table": table,
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
     try:
         fire.Fire(commands, name="pipeline.py")
     except (ValueError, RuntimeError, OSError) as error:
