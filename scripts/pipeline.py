@@ -56,6 +56,13 @@ def _gather(input: str, output: str, root: str | None, fold: int | None, series:
     return inputs
 
 
+def _on_ray(engine: str) -> bool:
+    """Whether an engine is Ray."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine is local or ray, got '{engine}'.")
+    return engine == "ray"
+
+
 def _finish(outcome) -> None:
     """Print what a stage did; exit code 1 if it could not do some cases."""
     print(outcome.text)
@@ -122,14 +129,13 @@ def run(
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     load = partial(load_predictors, model, map, samples, sample_phases, device, bundle_dir, threshold)
-    if engine == "ray":
-        from cardiac_qc_plugin.workflows.cohort import Cluster, CohortWorker, run_cohort
+    if _on_ray(engine):
+        from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort
+        from cardiac_qc_plugin.workflows.cohort.pool import Cluster
 
         make = partial(CohortWorker, str(output), load, (ed, es))
         cluster = Cluster(address, workers, worker_cpus, worker_gpus)
         return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold))
-    if engine != "local":
-        raise ValueError(f"--engine is local or ray, got '{engine}'.")
     inputs = _gather(input, output, root, fold, series, name_by)
     models, preview = load()
     try:
@@ -410,6 +416,10 @@ def reproduce(
     datalist: str | None = None,
     device: str = "auto",
     bundle_dir: str | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    worker_cpus: int = 1,
+    worker_gpus: float = 0,
 ) -> None:
     """Redo the paper's experiments: train, segment, detect, correct, evaluate; tables and figures beside the paper's.
 
@@ -434,9 +444,14 @@ def reproduce(
         datalist: datalist with folds, instead of the bundles'.
         device: auto, cpu, cuda, ...
         bundle_dir: folder of the bundles, instead of the repository's.
+        engine: local, or ray: stages that do not need each other at the same time, over a Ray cluster.
+        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        worker_cpus: CPUs, and threads, of a stage.
+        worker_gpus: GPUs of a stage that trains, segments or detects.
     """
     from pathlib import Path
 
+    from cardiac_qc_plugin.workflows.cohort.pool import Cluster
     from cardiac_qc_plugin.workflows.reproduction import Settings
     from cardiac_qc_plugin.workflows.reproduction import reproduce as reproduce_workflow
 
@@ -457,7 +472,8 @@ def reproduce(
         device=device,
         bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,
     )
-    _finish(reproduce_workflow(settings, budget_minutes, dry_run))
+    cluster = Cluster(address, None, worker_cpus, worker_gpus) if _on_ray(engine) else None
+    _finish(reproduce_workflow(settings, budget_minutes, dry_run, cluster))
 
 
 def main() -> None:

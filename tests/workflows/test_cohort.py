@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,18 @@ from tiny_bundles import POISON, write_bundles
 
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import write_acdc_like, write_phantom
-from cardiac_qc_plugin.workflows.files import read_json
+from cardiac_qc_plugin.workflows.files import OutputError, read_json
 from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors, run
+from cardiac_qc_plugin.workflows.table import table
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray gives its workers little time on a busy machine
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # and ends them when others have its memory
 ray = pytest.importorskip("ray", reason="pip install 'cardiac-qc-plugin[cluster]'")
 
-from cardiac_qc_plugin.workflows.cohort import Cluster, CohortWorker, run_cohort  # noqa: E402
+from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort  # noqa: E402
+from cardiac_qc_plugin.workflows.cohort.pool import Cluster  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +111,117 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def finished(world, cluster, tmp_path_factory):
-    """A run in which a worker is killed; output and summary."""
+    """A run that could not write, and the same once more; output and summary."""
     output = tmp_path_factory.mktemp("ray")
+    obstacle = output / "patient003_frame01"
+    obstacle.write_text("")
+    with pytest.raises(OutputError, match="cannot write .*patient003_frame01"):
+        ray_run(world, output, cluster, tries=2)
+    obstacle.unlink()
     return output, ray_run(world, output, cluster, tries=2)
 
 
 def test_same_files_as_the_local_engine(finished, local):
+    """Byte for byte, though a worker died over the poison twice."""
     output, outcome = finished
     assert contents(output) == contents(local)
-    assert set(outcome.failures) == {"poison", "text"}
     ours, theirs = rows(output / "worklist.csv"), rows(local / "worklist.csv")
     assert [{**row, "rank": ""} for row in ours if row["case"] != "poison"] == [{**row, "rank": ""} for row in theirs]
-    print(outcome.text)
+    assert len(ours) == len({row["case"] for row in ours}) == 15  # 10 scans, 3 phases, 2 failures
+
+
+def test_poison_is_named_and_the_report_made(finished):
+    output, outcome = finished
+    assert set(outcome.failures) == {"poison", "text"}
+    assert "poison.nii.gz: quarantined, its worker died 2 time(s)" in outcome.failures["poison"]
+    assert "13 case(s) done, 2 failed." in outcome.text
+    assert "1 x not a NIfTI image, or a damaged one" in outcome.text and "1 x quarantined" in outcome.text
+    page = (output / "report.html").read_text()
+    assert "patient005_frame11" in page and "poison" in page
+
+
+def test_a_rerun_does_what_is_missing(finished, world, cluster, local):
+    """Nothing done is done again; the poison is not tried again until its file is replaced."""
+    output, outcome = finished
+    (output / "patient002_frame11" / "bayesian.nii.gz").unlink()
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*.nii.gz")}
+    again = ray_run(world, output, cluster, tries=2)
+    assert again.failures == outcome.failures
+    after = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*.nii.gz")}
+    changed = {path.parent.name for path, when in after.items() if before.get(path) != when}
+    assert changed == {"patient002_frame11"} and contents(output) == contents(local)
+    assert len(read_json(output / "quarantine.json")["poison"]["deaths"]) == 2
+
+
+def test_table_by_duckdb_and_pandas(finished, local):
+    """The table has the numbers of the records; `table` makes the same from the folder."""
+    duckdb, pd = pytest.importorskip("duckdb"), pytest.importorskip("pandas")
+    output, _ = finished
+    query = f"SELECT heart, lv_edv_ml FROM '{output}/cases.parquet' WHERE role = 'ED' ORDER BY heart"
+    found = dict(duckdb.sql(query).fetchall())
+    assert found.keys() >= {f"patient00{number}" for number in range(1, 6)}
+    for heart, volume in found.items():
+        assert volume == read_json(output / heart / "cine.json")["indices"]["lv_edv_ml"]
+    frame = pd.read_parquet(output / "cases.parquet").set_index("case")
+    assert frame.loc["poison", "status"] == "quarantined" and frame.loc["text", "status"] == "failed"
+    for case in ("patient003_frame01", "cine/phase01"):
+        qc, row = read_json(output / case / "qc.json"), frame.loc[case]
+        assert row["LV_volume_ml"] == qc["segmentation"]["volume_ml"]["LV"]
+        assert row["regions_flagged"] == len(qc["detection"]["regions"])
+        assert row["torch_version"] == qc["versions"]["torch"]
+        assert row["segmentation_seconds"] == qc["stages"]["segmentation"]["seconds"]
+    assert list(frame.loc[["cine/phase00", "cine/phase01", "cine/phase02"], "phase"]) == [0, 1, 2]
+    for folder in (output, local):
+        made = pd.read_parquet(folder / "cases.parquet").set_index("case").sort_index()
+        table(folder)
+        again = pd.read_parquet(folder / "cases.parquet").set_index("case").sort_index()
+        pd.testing.assert_frame_equal(made.drop(columns="status"), again.drop(columns="status"))
+
+
+def test_a_url_gets_the_same_files(world, local):
+    """The worker itself, on an object store in memory; a second time it stores nothing."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    work = CohortWorker("memory://cohort", loader(world))
+    tasks = [(f"patient001_frame{n}", world / f"data/patient001/patient001_frame{n}.nii.gz") for n in ("01", "11")]
+    tasks += [("cine", world / "data/cine.nii.gz"), ("patient001", ["patient001_frame01", "patient001_frame11"])]
+    for task in tasks:
+        work(task)
+    found = {name.removeprefix("/cohort/"): store.cat(name) for name in store.find("/cohort")}
+    expected = {name: value for name, value in contents(local).items() if name.startswith(("patient001", "cine"))}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (timeless(json.loads(found[name])) if name.endswith(".json") else found[name]) == value
+    modified = {name: store.modified(name) for name in store.find("/cohort")}
+    work(tasks[0]), work(tasks[2])
+    assert {name: store.modified(name) for name in store.find("/cohort")} == modified
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_middle_it_goes_on(world, local, tmp_path, kind):
+    """What a user types, with a Ray cluster of its own; the poison is not part of it."""
+    manifest = tmp_path / "manifest.csv"
+    files = sorted((world / "data").glob("*/*_frame??.nii.gz"))
+    manifest.write_text("image\n" + "".join(f"{file}\n" for file in files))
+    output = tmp_path / "out"
+    words = {"input": manifest, "output": output, "model": "dn", "samples": 2, "device": "cpu", "engine": "ray"}
+    words |= {"sample_phases": "ed_es", "workers": 1, "bundle_dir": world / "bundles"}
+    arguments = [sys.executable, ROOT / "scripts/pipeline.py", "run"]
+    arguments += [str(word) for key, value in words.items() for word in (f"--{key}", value)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        limit = time.monotonic() + 200
+        while not list(output.glob("*/qc.json")) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.send_signal(kind)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Run the same command again" in errors, errors
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/qc.json") if "scores" in read_json(path)}
+    assert 0 < len(before) < 10
+    work = CohortWorker(str(output), loader(world))
+    for file in files:
+        work((file.name[:-7], file))
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    expected = {name: value for name, value in contents(local).items() if "_frame" in name}
+    assert contents(output) == expected

@@ -3,8 +3,3 @@
 :mod:`.engine` is the run; :mod:`.pool` has the workers, :mod:`.journal` what the run remembers, :mod:`.store` where the
 results go.
 """
-
-from .engine import CohortWorker, run_cohort
-from .pool import Cluster
-
-__all__ = ["Cluster", "CohortWorker", "run_cohort"]

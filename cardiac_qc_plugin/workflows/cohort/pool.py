@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Cluster:
 
     Args:
         address: of a running Ray cluster: ``"auto"`` for the one of this machine, or ``HOST:PORT``; None for a new one
-            on this machine alone.
+            on this machine alone, or what ``RAY_ADDRESS`` says.
         workers: number of workers; None for as many as there is room for.
         cpus: of a worker, and its threads.
         gpus: of a worker; several share a GPU with 0.25, say.
@@ -53,14 +54,15 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise ValueError("--engine ray needs Ray: pip install 'cardiac-qc-plugin[cluster]'") from error
-    own = {"include_dashboard": False, "object_store_memory": 100 << 20} if cluster.address is None else {}
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "local")  # which a job of the cluster finds set
+    own = {"include_dashboard": False, "object_store_memory": 100 << 20} if address == "local" else {}
     ours = not ray.is_initialized()
     if ours:
         terminate = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **own)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
         except ConnectionError as error:
-            raise ValueError(f"--address {cluster.address}: no Ray cluster there ({error}).") from error
+            raise ValueError(f"--address {address}: no Ray cluster there ({error}).") from error
         with contextlib.suppress(ValueError):  # Ray has put its own; not in the main thread
             signal.signal(signal.SIGTERM, terminate)
     try:
@@ -117,10 +119,10 @@ class WorkerActor:
     def load(self, make: Callable[[], Work]) -> str:
         """Load what the work needs; returns the node's name."""
         import ray
-        import torch
 
-        torch.set_num_threads(self.threads)
         self.work = make()
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self.threads)
         return ray.get_runtime_context().get_node_id()
 
     def do(self, argument: Any) -> Any:
