@@ -10,12 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cardiac_qc_plugin.data.dicom import dicom_files
 from cardiac_qc_plugin.data.inputs import input_files, phases
 from cardiac_qc_plugin.reports import write_report
 
 from ..cine import Given, choose_phases, group_cines, table_row, write_cines
 from ..files import OutputError, write_csv, write_json
-from ..import_dicom import gather_scans
+from ..import_dicom import Inputs, import_dicom
 from ..references import Outcome
 from ..run import Predictors, failed_row, process, worklist_row
 from ..table import TABLE, case_row, failed_case_row, with_heart, write_table
@@ -61,15 +62,23 @@ class CohortWorker:
             return self.file(root, name, what)
 
     def file(self, root: Path, name: str, path: Path) -> dict[str, Any]:
-        """All phases of a file, or of a folder of DICOM files."""
-        scans, failures = phases(name, path), []
-        if path.is_dir():
-            inputs = gather_scans(path, root)
-            scans, failures = inputs.scans, inputs.failures
+        """All phases of a file, or of a folder of DICOM files, whose cases have names of their own."""
+        inputs = self.import_folder(root, path) if path.is_dir() else Inputs(phases(name, path))
+        scans, failures = inputs.scans, inputs.failures
         cases, broken, records = process(scans, root, self.predictors, self.preview, self.given)
         detects = self.predictors[1] is not None
         rows = [(case_row(qc), worklist_row(qc) if detects else None) for qc in cases]
         return {"cases": rows, "failures": [*failures, *broken], "hearts": [table_row(one) for one in records]}
+
+    def import_folder(self, root: Path, path: Path) -> Inputs:
+        """The short-axis cines of a folder of DICOM files."""
+        if not isinstance(self.store, FolderStore):
+            raise ValueError(f"{path}: DICOM files need a folder as output, {self.store} is none.")
+        files = dicom_files(path)
+        inputs = import_dicom(files, root)
+        if not inputs.scans and not inputs.failures:
+            raise ValueError(f"{path}: no short-axis cine among its {len(files)} DICOM files.")
+        return inputs
 
     def pair(self, root: Path, cases: list[str]) -> list[dict[str, Any]]:
         """The indices of a heart of which end-diastole and end-systole are single scans."""
@@ -179,7 +188,8 @@ class Run:
             return self.quarantine(number, name, path)
         self.deaths.forget(name)
         if isinstance(result, Exception):
-            result = {"cases": [], "failures": [(name, f"{type(result).__name__}: {result}")], "hearts": []}
+            reason = str(result) if isinstance(result, ValueError) else f"{type(result).__name__}: {result}"
+            result = {"cases": [], "failures": [(name, reason)], "hearts": []}
         for index, (row, worklist) in enumerate(result["cases"]):
             self.journal.add_case(number, index, row, worklist)
         for index, (case, reason) in enumerate(result["failures"], start=len(result["cases"])):
