@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -282,7 +281,8 @@ def driver(root, rows):
     start = time.perf_counter()
     record = json.loads((root / "record.json").read_text())
     run_cohort(manifest, output, partial(Stub, output, record), Cluster(workers=2))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's
+    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
     seconds = time.perf_counter() - start
     print(json.dumps({"rows": rows, "driver_peak_mib": round(peak, 1), "seconds": round(seconds, 1)}))
 

@@ -40,6 +40,7 @@ def cluster():
     nodes = Nodes(initialize_head=True, head_node_args=node)
     nodes.add_node(**{key: value for key, value in node.items() if key != "include_dashboard"})
     ray.init(address=nodes.address, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield Cluster(workers=2)
     ray.shutdown()
     nodes.shutdown()
@@ -109,15 +110,27 @@ def rows(path):
         return list(csv.DictReader(stream))
 
 
+def on_a_full_disk(make):
+    """A worker on a node whose disk is full."""
+    original = nib.Nifti1Image.to_filename
+
+    def full(image, path, **options):
+        if "bayesian" in str(path):
+            raise OSError(28, "No space left on device")
+        original(image, path, **options)
+
+    nib.Nifti1Image.to_filename = full
+    return make()
+
+
 @pytest.fixture(scope="module")
 def finished(world, cluster, tmp_path_factory):
-    """A run that could not write, and the same once more; output and summary."""
+    """A run on a full disk, and the same once more; output and summary."""
     output = tmp_path_factory.mktemp("ray")
-    obstacle = output / "patient003_frame01"
-    obstacle.write_text("")
-    with pytest.raises(OutputError, match="cannot write .*patient003_frame01"):
-        ray_run(world, output, cluster, tries=2)
-    obstacle.unlink()
+    make = partial(on_a_full_disk, partial(CohortWorker, str(output), loader(world)))
+    with pytest.raises(OutputError, match=r"cannot write .*/bayesian\.nii\.gz: No space left on device"):
+        run_cohort(world / "data", output, make, cluster)
+    assert not (output / "worklist.csv").exists()
     return output, ray_run(world, output, cluster, tries=2)
 
 
@@ -198,9 +211,8 @@ def test_a_url_gets_the_same_files(world, local):
     assert {name: store.modified(name) for name in store.find("/cohort")} == modified
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_in_the_middle_it_goes_on(world, local, tmp_path, kind):
-    """What a user types, with a Ray cluster of its own; the poison is not part of it."""
+def test_stopped_in_the_middle_it_goes_on(world, local, tmp_path):
+    """What a user types, with a Ray cluster of its own; SIGTERM is what Slurm and Kubernetes send."""
     manifest = tmp_path / "manifest.csv"
     files = sorted((world / "data").glob("*/*_frame??.nii.gz"))
     manifest.write_text("image\n" + "".join(f"{file}\n" for file in files))
@@ -214,7 +226,7 @@ def test_stopped_in_the_middle_it_goes_on(world, local, tmp_path, kind):
         limit = time.monotonic() + 200
         while not list(output.glob("*/qc.json")) and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.05)
-        process.send_signal(kind)
+        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Run the same command again" in errors, errors
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/qc.json") if "scores" in read_json(path)}

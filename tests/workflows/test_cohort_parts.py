@@ -196,7 +196,8 @@ def nodes():
     ray = pytest.importorskip("ray", reason="pip install 'cardiac-qc-plugin[cluster]'")
     from ray.cluster_utils import Cluster as Nodes
 
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})
+    head = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20}  # Ray takes our word for the GPU
+    nodes = Nodes(initialize_head=True, head_node_args=head)
     for _ in range(2):
         nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
     ray.init(address=nodes.address, log_to_driver=False)
@@ -256,6 +257,10 @@ def test_workers_that_cannot_load(nodes):
         pool = WorkerPool(ray, make, Cluster(workers=1))
         with pytest.raises(error[0], match=error[1]):
             list(pool.each([(0, None)], lambda number, died: True))
+        pool.close()
+    for share, workers in ((1, 1), (0.5, 2)):
+        pool = WorkerPool(ray, fail, Cluster(gpus=share))
+        assert len(pool.workers) == workers
         pool.close()
     with pytest.raises(ValueError, match="A worker wants 64 CPU"):
         WorkerPool(ray, fail, Cluster(cpus=64))
