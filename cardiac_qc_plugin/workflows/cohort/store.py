@@ -61,7 +61,7 @@ class UrlStore:
 
     Raises:
         ValueError: if fsspec does not know the protocol, or lacks a package for it.
-        OutputError: if it cannot be reached.
+        OutputError: if it cannot be reached, or written.
     """
 
     def __init__(self, url: str) -> None:
@@ -78,7 +78,9 @@ class UrlStore:
         self.atomic = bool(protocols & PUT_IS_ATOMIC)
         with self.reaching(""):
             self.fs.makedirs(self.root, exist_ok=True)
-            self.fs.ls(self.root)
+            probe = f"{self.root}/.part-{secrets.token_hex(4)}"
+            self.fs.pipe_file(probe, b"probe")  # a missing bucket or permission shows before hours of work
+            self.fs.rm_file(probe)
 
     def __str__(self) -> str:
         return self.url
@@ -90,7 +92,7 @@ class UrlStore:
             yield
         except Exception as error:  # each service has its own errors
             cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise OutputError(getattr(error, "errno", None), f"cannot reach {self.url}/{name}: {cause}") from error
+            raise OutputError(f"cannot reach {self.url}/{name}: {cause}") from error
 
     def read_json(self, name: str) -> Any:
         """Content of a JSON file, None where there is none."""
