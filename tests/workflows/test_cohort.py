@@ -129,7 +129,7 @@ def finished(world, cluster, tmp_path_factory):
     output = tmp_path_factory.mktemp("ray")
     make = partial(on_a_full_disk, partial(CohortWorker, str(output), loader(world)))
     with pytest.raises(OutputError, match=r"cannot write .*/bayesian\.nii\.gz: No space left on device"):
-        run_cohort(world / "data", output, make, cluster)
+        run_cohort(world / "data", output, make, Cluster(workers=1))
     assert not (output / "worklist.csv").exists()
     return output, ray_run(world, output, cluster, tries=2)
 
@@ -158,7 +158,7 @@ def test_a_rerun_does_what_is_missing(finished, world, cluster, local):
     output, outcome = finished
     (output / "patient002_frame11" / "bayesian.nii.gz").unlink()
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*.nii.gz")}
-    again = ray_run(world, output, cluster, tries=2)
+    again = ray_run(world, output, Cluster(workers=1), tries=2)
     assert again.failures == outcome.failures
     after = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*.nii.gz")}
     changed = {path.parent.name for path, when in after.items() if before.get(path) != when}
@@ -211,6 +211,12 @@ def test_a_url_gets_the_same_files(world, local):
     assert {name: store.modified(name) for name in store.find("/cohort")} == modified
 
 
+def complete(output):
+    """Records of finished cases, and when they were written."""
+    records = {path: read_json(path) for path in output.glob("*/qc.json")}
+    return {path: path.stat().st_mtime_ns for path, record in records.items() if "scores" in record}
+
+
 def test_stopped_in_the_middle_it_goes_on(world, local, tmp_path):
     """What a user types, with a Ray cluster of its own; SIGTERM is what Slurm and Kubernetes send."""
     manifest = tmp_path / "manifest.csv"
@@ -224,12 +230,12 @@ def test_stopped_in_the_middle_it_goes_on(world, local, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
         limit = time.monotonic() + 200
-        while not list(output.glob("*/qc.json")) and process.poll() is None and time.monotonic() < limit:
+        while not complete(output) and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Run the same command again" in errors, errors
-    before = {path: path.stat().st_mtime_ns for path in output.glob("*/qc.json") if "scores" in read_json(path)}
+    before = complete(output)
     assert 0 < len(before) < 10
     work = CohortWorker(str(output), loader(world))
     for file in files:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import OutputError, read_json, write_file
+from ..files import OutputError, file_sha256, read_json, write_file
 
 __all__ = ["FolderStore", "Store", "UrlStore", "open_store"]
 
@@ -150,10 +150,9 @@ class UrlStore:
 Store = FolderStore | UrlStore
 
 
-def versions(root: Path) -> dict[Path, tuple[int, int]]:
-    """Files below a folder, and what tells whether one was replaced."""
-    stats = {file: file.stat() for file in root.rglob("*") if file.is_file()}
-    return {file.relative_to(root): (stat.st_mtime_ns, stat.st_ino) for file, stat in stats.items()}
+def versions(root: Path) -> dict[Path, str]:
+    """Files below a folder, and a digest of each."""
+    return {file.relative_to(root): file_sha256(file) for file in root.rglob("*") if file.is_file()}
 
 
 def open_store(output: str | Path) -> Store:
