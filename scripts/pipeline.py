@@ -45,12 +45,16 @@ def _summary(cases: list[dict], output: str) -> None:
     print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
 
 
+def _numbers(series: int | tuple | None) -> tuple[int, ...]:
+    """SeriesNumbers, as Fire reads ``5,6``."""
+    return () if series is None else _listed(series)
+
+
 def _gather(input: str, output: str, root: str | None, fold: int | None, series: int | tuple | None, name_by: str):
     """The scans of an input; names what is skipped."""
     from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
-    numbers = () if series is None else (series,) if isinstance(series, int) else tuple(series)
-    inputs = gather_scans(input, output, root, fold, numbers, name_by)
+    inputs = gather_scans(input, output, root, fold, _numbers(series), name_by)
     if inputs.skipped:
         print("Skipped:\n" + "\n".join(f"  {item}" for item in inputs.skipped))
     return inputs
@@ -133,7 +137,7 @@ def run(
         from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort
         from cardiac_qc_plugin.workflows.cohort.pool import Cluster
 
-        make = partial(CohortWorker, str(output), load, (ed, es))
+        make = partial(CohortWorker, str(output), load, (ed, es), {"series": _numbers(series), "name_by": name_by})
         cluster = Cluster(address, workers, worker_cpus, worker_gpus)
         return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold))
     inputs = _gather(input, output, root, fold, series, name_by)

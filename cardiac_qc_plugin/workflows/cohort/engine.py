@@ -2,7 +2,8 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,12 +39,15 @@ class CohortWorker:
         output: where results go, a folder or URL.
         load: loads the bundles, see :func:`~cardiac_qc_plugin.workflows.run.load_predictors`.
         given: phases of end-diastole and end-systole of all cines.
+        dicom: settings of :func:`~cardiac_qc_plugin.workflows.import_dicom.import_dicom`.
     """
 
-    def __init__(self, output: str, load: Load, given: Given = (None, None)) -> None:
+    def __init__(
+        self, output: str, load: Load, given: Given = (None, None), dicom: Mapping[str, Any] | None = None
+    ) -> None:
         self.store = open_store(output)
         self.predictors, self.preview = load()
-        self.given = given
+        self.given, self.dicom = given, dicom or {}
 
     def __call__(self, task: tuple[str, Path | list[str]]) -> dict[str, Any]:
         """The cases of a file, or the heart of these cases.
@@ -75,7 +79,7 @@ class CohortWorker:
         if not isinstance(self.store, FolderStore):
             raise ValueError(f"{path}: DICOM files need a folder as output, {self.store} is none.")
         files = dicom_files(path)
-        inputs = import_dicom(files, root)
+        inputs = import_dicom(files, root, **self.dicom)
         if not inputs.scans and not inputs.failures:
             raise ValueError(f"{path}: no short-axis cine among its {len(files)} DICOM files.")
         return inputs
@@ -159,8 +163,16 @@ class Run:
             for number, result in pool.each(self.tasks(bar), self.retry):
                 self.keep(number, *self.under_way.pop(number), result)
                 self.advance(bar)
+        tries = Counter()
+
+        def again(number: int, died: Died) -> bool:
+            tries[number] += 1
+            return tries[number] < self.deaths.tries
+
         pairs = ((file, (heart, cases)) for file, heart, cases in self.journal.pairs())
-        for number, result in pool.each(pairs, lambda number, died: True):
+        for number, result in pool.each(pairs, again):
+            if isinstance(result, Died):
+                raise RuntimeError(f"Workers die while they write the indices of a heart: {result.reason}")
             if isinstance(result, Exception):
                 raise result
             for row in result["hearts"]:
