@@ -17,7 +17,7 @@ from tiny_bundles import POISON, write_bundles
 
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import write_acdc_like, write_phantom
-from cardiac_qc_plugin.workflows.files import OutputError, read_json
+from cardiac_qc_plugin.workflows.files import OutputError, read_json, write_text
 from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors, run
 from cardiac_qc_plugin.workflows.table import table
 
@@ -29,6 +29,8 @@ from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort  
 from cardiac_qc_plugin.workflows.cohort.pool import Cluster  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "data"))
+from dicom_files import PHASES, cine, write  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,20 @@ def test_a_url_gets_the_same_files(world, local):
     modified = {name: store.modified(name) for name in store.find("/cohort")}
     work(tasks[0]), work(tasks[2])
     assert {name: store.modified(name) for name in store.find("/cohort")} == modified
+
+
+def test_a_row_may_name_a_folder_of_dicom_files(world, tmp_path):
+    write(tmp_path / "in" / "study", cine())
+    write_text(tmp_path / "in" / "empty" / "notes.txt", "")
+    work = CohortWorker(str(tmp_path / "out"), loader(world), dicom={"name_by": "folder"})
+    made = work(("study", tmp_path / "in" / "study"))
+    assert not made["failures"]
+    assert [row["case"] for row, _ in made["cases"]] == [f"study_series7/phase{t:02d}" for t in range(PHASES)]
+    assert [row["case"] for row in made["hearts"]] == ["study_series7"]
+    with pytest.raises(ValueError, match="empty: no short-axis cine among its 0 DICOM files"):
+        work(("empty", tmp_path / "in" / "empty"))
+    with pytest.raises(ValueError, match="need a folder as output, memory://dicom is none"):
+        CohortWorker("memory://dicom", loader(world))(("study", tmp_path / "in" / "study"))
 
 
 def complete(output):
