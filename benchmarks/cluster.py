@@ -174,7 +174,7 @@ def throughput(root, scans):
 
     bundles = write_bundles(root / "bundles")
     write_scans(root / "data", scans)
-    load = partial(load_predictors, "dn", "bmap", 10, "all", "cpu", bundles)
+    load = partial(load_predictors, "dn", "bmap", 2, "all", "cpu", bundles)
     nodes, _ = nodes_of(2)
     rates = {1: [], 2: []}
     for workers in (1, 2, 2, 1):
