@@ -14,12 +14,14 @@
     python scripts/pipeline.py effort   --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py calibrate --predictions DIR --reference DIR --output FILE
     python scripts/pipeline.py compare_expert --predictions DIR --expert DIR --reference DIR --output DIR
+    python scripts/pipeline.py table    --predictions DIR
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
 import json
 import logging
+import signal
 import sys
 import warnings
 
@@ -46,15 +48,37 @@ def _summary(cases: list[dict], output: str) -> None:
     print(f"Worklist: {output}/worklist.csv\nReport:   {output}/report.html")
 
 
+def _numbers(series: int | tuple | None) -> tuple[int, ...]:
+    """SeriesNumbers, as Fire reads ``5,6``."""
+    return () if series is None else _listed(series)
+
+
 def _gather(input: str, output: str, root: str | None, fold: int | None, series: int | tuple | None, name_by: str):
     """The scans of an input; names what is skipped."""
     from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
-    numbers = () if series is None else (series,) if isinstance(series, int) else tuple(series)
-    inputs = gather_scans(input, output, root, fold, numbers, name_by)
+    inputs = gather_scans(input, output, root, fold, _numbers(series), name_by)
     if inputs.skipped:
         print("Skipped:\n" + "\n".join(f"  {item}" for item in inputs.skipped))
     return inputs
+
+
+def _on_ray(engine: str) -> bool:
+    """Whether an engine is Ray."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine is local or ray, got '{engine}'.")
+    return engine == "ray"
+
+
+def _promised(models: tuple, calibration: str | None) -> dict | None:
+    """Print what is promised; returns what each threshold catches, if that is known."""
+    from cardiac_qc_plugin.reports.promise import promise_text
+    from cardiac_qc_plugin.workflows.calibrate import Promise, promised_threshold
+
+    if models[1].promise:
+        print(promise_text(Promise(**models[1].promise)))
+    known, _ = promised_threshold(*models, path=calibration)
+    return known and known.operating_curve()
 
 
 def _finish(outcome) -> None:
@@ -83,12 +107,20 @@ def run(
     series: int | tuple[int, ...] | None = None,
     name_by: str = "study",
     bundle_dir: str | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    worker_cpus: int = 1,
+    worker_gpus: float = 0,
+    retries: int = 3,
 ) -> None:
     """Segment scans and flag the regions where the segmentation probably failed.
 
     Args:
-        input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, or a MONAI datalist.
-        output: folder for the results; what is already there with the same input and settings is skipped.
+        input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, a MONAI datalist, or a
+            manifest (CSV or Parquet with a column image, and case if cases are not named by their files).
+        output: folder for the results; what is already there with the same input and settings is skipped. With engine
+            ray, an fsspec URL (s3://...) as well.
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
         samples: Monte Carlo samples T.
@@ -108,32 +140,33 @@ def run(
         name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
             patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
+        engine: local, or ray: over the workers of a Ray cluster, for cohorts (docs/scaling.md).
+        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        workers: of the Ray cluster; by default as many as it has room for.
+        worker_cpus: CPUs, and threads, of a worker.
+        worker_gpus: GPUs of a worker; 0.25 lets four share one.
+        retries: a file is tried so often when its worker dies, then it is quarantined and named.
     """
-    from dataclasses import asdict
+    from functools import partial
 
-    from cardiac_qc_plugin.bundle import load_detector, load_models
-    from cardiac_qc_plugin.reports.promise import promise_text
-    from cardiac_qc_plugin.workflows.calibrate import promised_threshold, write_operating_curve
-    from cardiac_qc_plugin.workflows.run import CaseFailures
+    from cardiac_qc_plugin.workflows.calibrate import write_operating_curve
+    from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    if sample_phases not in ("all", "ed_es"):
-        raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
+    promise = {"catch": catch, "regions_per_patient": regions_per_patient, "calibration": calibration}
+    load = partial(load_predictors, model, map, samples, sample_phases, root=bundle_dir, threshold=threshold, **promise)
+    if _on_ray(engine):
+        from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort
+        from cardiac_qc_plugin.workflows.cohort.pool import Cluster
+
+        curve = _promised(load(device="cpu")[0], calibration)
+        on_device, dicom = partial(load, device=device), {"series": _numbers(series), "name_by": name_by}
+        make = partial(CohortWorker, str(output), on_device, (ed, es), dicom)
+        cluster = Cluster(address, workers, worker_cpus, worker_gpus)
+        return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold, curve))
     inputs = _gather(input, output, root, fold, series, name_by)
-    models = load_models(model, map, samples, device, bundle_dir, threshold)
-    known, promise = promised_threshold(*models, catch, regions_per_patient, calibration)
-    if promise is not None:
-        if threshold is not None:
-            raise ValueError(
-                "A promise sets the threshold: leave out --threshold, or --catch and --regions_per_patient."
-            )
-        models = models[0], load_detector(model, map, device, bundle_dir, promise.threshold)
-        models[1].promise = asdict(promise)
-        print(promise_text(promise))
-    write_operating_curve(output, known)
-    preview = None
-    if map == "bmap" and sample_phases == "ed_es":
-        preview = load_models(model, "emap", 0, device, bundle_dir)
+    models, preview = load(device=device)
+    write_operating_curve(output, _promised(models, calibration))
     skipped = [str(item) for item in inputs.skipped]
     try:
         cases = run_workflow(inputs.scans, str(output), *models, inputs.failures, preview, (ed, es), skipped)
@@ -356,6 +389,17 @@ def dicom_seg(predictions: str, dicom: str) -> None:
     _finish(write_dicom_seg(predictions, dicom))
 
 
+def table(predictions: str) -> None:
+    """Write the results of a run as one Parquet table, cases.parquet: a row for each case, of a cine for each phase.
+
+    Args:
+        predictions: output folder of run, which writes the table itself where pyarrow is installed.
+    """
+    from cardiac_qc_plugin.workflows.table import table as table_workflow
+
+    _finish(table_workflow(predictions))
+
+
 def export(
     bundle: str,
     output: str,
@@ -472,6 +516,10 @@ def reproduce(
     datalist: str | None = None,
     device: str = "auto",
     bundle_dir: str | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    worker_cpus: int = 1,
+    worker_gpus: float = 0,
 ) -> None:
     """Redo the paper's experiments: train, segment, detect, correct, evaluate; tables and figures beside the paper's.
 
@@ -500,9 +548,14 @@ def reproduce(
         datalist: datalist with folds, instead of the bundles'.
         device: auto, cpu, cuda, ...
         bundle_dir: folder of the bundles, instead of the repository's.
+        engine: local, or ray: stages that do not need each other at the same time, over a Ray cluster.
+        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        worker_cpus: CPUs, and threads, of a stage.
+        worker_gpus: GPUs of a stage that trains, segments or detects.
     """
     from pathlib import Path
 
+    from cardiac_qc_plugin.workflows.cohort.pool import Cluster
     from cardiac_qc_plugin.workflows.reproduction import Settings
     from cardiac_qc_plugin.workflows.reproduction import reproduce as reproduce_workflow
 
@@ -525,7 +578,8 @@ def reproduce(
         device=device,
         bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,
     )
-    _finish(reproduce_workflow(settings, budget_minutes, dry_run))
+    cluster = Cluster(address, None, worker_cpus, worker_gpus) if _on_ray(engine) else None
+    _finish(reproduce_workflow(settings, budget_minutes, dry_run, cluster))
 
 
 def main() -> None:
@@ -550,7 +604,9 @@ def main() -> None:
         "effort": effort,
         "calibrate": calibrate,
         "compare_expert": compare_expert,
+        "table": table,
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
     try:
         fire.Fire(commands, name="pipeline.py")
     except (ValueError, RuntimeError, OSError) as error:

@@ -217,6 +217,49 @@ def test_two_processes_train_and_evaluate(acdc_like, tmp_path):
     assert len(alone) == 10 and sorted(map(str, together)) == sorted(map(str, alone))
 
 
+SAME_BATCHES = """
+network_def#features: [4, 8]
+network_def#dropout: 0.0
+share: "$slice(int(os.environ.get('RANK', 0)), None, int(os.environ.get('WORLD_SIZE', 1)))"
+train#dataloader: "$[{key: value[@share] for key, value in batch.items()} for batch in torch.load(@batches)]"
+losses:
+  _target_: MetricLogger
+  loss_transform: "$monai.handlers.from_engine(['loss'], first=True)"
++imports:
+- "$import torch"
++initialize:
+- "$@losses.attach(@train#trainer)"
++run:
+- "$torch.save(@losses.loss, @ckpt_dir + '/losses_' + os.environ.get('RANK', 'joint') + '.pt')"
+"""
+
+
+def test_two_processes_learn_as_one_with_the_joint_batch(acdc_like, tmp_path):
+    """The loss of every iteration, averaged over the processes, and the weights; a network whose normalization does not
+    look at other images, without dropout."""
+    bundle = "cardiac_unet_segmentation"
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "image": torch.rand(4, 1, 32, 32, generator=generator),
+            "label": torch.randint(4, (4, 1, 32, 32), generator=generator),
+        }
+        for _ in range(8)
+    ]
+    torch.save(batches, tmp_path / "batches.pt")
+    (tmp_path / "same.yaml").write_text(SAME_BATCHES)
+    options = {"batches": str(tmp_path / "batches.pt"), "iterations": 8, "epoch_length": 8, "amp": False}
+    overlays = ["multi_gpu_train.yaml", str(tmp_path / "same.yaml")]
+    torchrun("training", overlays, acdc_like, tmp_path, bundle, **options)
+    weights = torch.load(tmp_path / "model.pt")
+    train(bundle, acdc_like, tmp_path, str(tmp_path / "same.yaml"), **options)
+    both, joint = ([torch.load(tmp_path / f"losses_{n}.pt") for n in names] for names in (("0", "1"), ("joint",)))
+    curves = [np.mean([[value for _, value in curve] for curve in curves], axis=0) for curves in (both, joint)]
+    assert len(curves[0]) == 8 and not np.allclose(both[0], both[1])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+    torch.testing.assert_close(weights, torch.load(tmp_path / "model.pt"), rtol=0.01, atol=1e-3)
+
+
 def test_two_processes_train_a_detector(acdc_like, tmp_path):
     options = {"predictions_dir": acdc_like / "predictions", "patch_size": 40, "min_size": 40, "iterations": 2}
     torchrun("training", ["multi_gpu_train.yaml"], acdc_like, tmp_path, "cardiac_segmentation_failure", **options)

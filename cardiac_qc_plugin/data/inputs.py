@@ -1,18 +1,23 @@
 """What a user may point the pipeline at, taken apart into single stacks of slices."""
 
+import csv
 import json
+import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import nibabel as nib
 
 from .predictions import case_name
 
-__all__ = ["Scan", "find_scans"]
+__all__ = ["InputFile", "Scan", "find_scans", "input_files", "phases"]
 
 SUFFIXES = (".nii", ".nii.gz")
 RECORDS = ("qc.json", "correction.json", "dicom.json")  # left by a stage in a case's folder
+BLOCK = 1 << 14  # characters of a datalist at once
 
 
 @dataclass(frozen=True)
@@ -30,71 +35,197 @@ class Scan:
     frame: int | None = None
 
 
+@dataclass(frozen=True)
+class InputFile:
+    """A file that a listing names.
+
+    Attributes:
+        path: the file; a manifest may name a folder of DICOM files too.
+        case: its case's name where a manifest gives one, otherwise None: see `name`.
+    """
+
+    path: Path
+    case: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the case: the given one, or the file's."""
+        return self.case or case_name(self.path)
+
+
 def find_scans(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> list[Scan]:
     """Scans behind a path, in order.
 
     Args:
-        path: a NIfTI file (3-D, or 4-D with phases last); a folder, searched through all its subfolders, in which
-            references (``*_gt``) are left out, and so are results of the pipeline, and 4-D files (``*_4d``) whose
-            frames lie beside them, as in ACDC; or a MONAI datalist (``.json``).
-        root: folder that the paths of a datalist are relative to; the datalist's own folder by default.
-        fold: take the items of this fold of a datalist only.
+        path, root, fold: see :func:`input_files`.
 
     Raises:
         ValueError: if nothing is there, or no file in it is a scan.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.name.endswith(SUFFIXES) and not f.name.startswith(".")]
-        files = [f for f in files if not case_name(f).endswith("_gt") and not has_frames(f) and not is_result(f, path)]
-        if not files:
-            raise ValueError(f"{path}: no NIfTI file (.nii, .nii.gz) and no DICOM file in this folder or below it.")
-    elif path.suffix == ".json" and path.is_file():
-        files = datalist_files(path, path.parent if root is None else Path(root), fold)
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ValueError(f"{path}: no such file or folder.")
-    counts = Counter(case_name(f) for f in files)
+    files = list(input_files(path, root, fold))
+    counts = Counter(file.name for file in files)
     scans = []
     for file in files:
-        name = case_name(file)
-        if counts[name] > 1:  # the same name in several folders
-            name = f"{file.parent.name}_{name}"
-        scans += phases(name, file.resolve())
+        name = file.name
+        if counts[name] > 1 and file.case is None:  # the same name in several folders
+            name = f"{file.path.parent.name}_{name}"
+        scans += phases(name, file.path.resolve())
     doubled = [case for case, count in Counter(scan.case for scan in scans).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")
     return scans
 
 
-def is_result(file: Path, root: Path) -> bool:
-    """Whether a file below ``root`` was written by a stage of the pipeline."""
-    folders = [folder for folder in file.parents if folder.is_relative_to(root)]
-    return any((folder / record).is_file() for folder in folders for record in RECORDS)
+def input_files(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> Iterator[InputFile]:
+    """Files behind a path, one after another; a list of any length is never in memory as a whole.
+
+    Args:
+        path: a NIfTI file (3-D, or 4-D with phases last); a folder, searched through all its subfolders, in which
+            references (``*_gt``) are left out, and so are results of the pipeline, and 4-D files (``*_4d``) whose
+            frames lie beside them, as in ACDC; a MONAI datalist (``.json``); or a manifest (``.csv``, ``.parquet``)
+            with a column ``image``, and ``case`` where cases are not named by their files.
+        root: folder that the paths of a datalist or manifest are relative to; its own folder by default.
+        fold: take the items with this ``fold`` of a datalist or manifest only.
+
+    Raises:
+        ValueError: if nothing is there, or a list cannot be read; the message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files, nothing = (
+            map(InputFile, folder_files(path)),
+            "no NIfTI file (.nii, .nii.gz) and no DICOM file in this folder or below it.",
+        )
+    elif path.suffix in READERS and path.is_file():
+        files = listed_files(path, path.parent if root is None else Path(root), fold)
+        nothing = "no item" + ("." if fold is None else f" in fold {fold}.")
+    elif path.exists():
+        files, nothing = iter([InputFile(path)]), ""
+    else:
+        raise ValueError(f"{path}: no such file or folder.")
+    empty = True
+    for file in files:
+        empty = False
+        yield file
+    if empty:
+        raise ValueError(f"{path}: {nothing}")
 
 
-def has_frames(file: Path) -> bool:
-    """Whether a 4-D file's end-diastole and end-systole lie beside it as files of their own (ACDC's layout)."""
-    name = case_name(file)
-    return name.endswith("_4d") and any(file.parent.glob(f"{name.removesuffix('_4d')}_frame*"))
+def folder_files(folder: Path) -> Iterator[Path]:
+    """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote."""
+    with os.scandir(folder) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    names = [entry.name for entry in entries]
+    if any(record in names for record in RECORDS):
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from folder_files(folder / entry.name)
+        elif entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
+            name = case_name(entry.name)
+            cine = name.removesuffix("_4d")
+            has_frames = cine != name and any(other.startswith(f"{cine}_frame") for other in names)  # ACDC's layout
+            if not name.endswith("_gt") and not has_frames:
+                yield folder / entry.name
 
 
-def datalist_files(path: Path, root: Path, fold: int | None) -> list[Path]:
-    """Images of all lists of a datalist, or those of one fold."""
+def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile]:
+    """Files of a datalist or manifest, or those of one fold."""
+    kind, read = READERS[path.suffix]
     try:
-        lists = json.loads(path.read_text())
-        items = [item for value in lists.values() if isinstance(value, list) for item in value]
-        if fold is not None:
-            items = [item for item in items if item.get("fold") == fold]
-        files = [root / (item if isinstance(item, str) else item["image"]) for item in items]
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a MONAI datalist, which is a JSON object of lists of items ({error!r})."
-        ) from error
-    if not files:
-        raise ValueError(f"{path}: no item" + ("." if fold is None else f" in fold {fold}."))
-    return files
+        for item in read(path):
+            item = {"image": item} if isinstance(item, str) else item
+            if fold is None or str(item.get("fold")) == str(fold):
+                yield InputFile(root / item["image"], item.get("case") or None)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not {kind} ({error!r}).") from error
+
+
+def datalist_items(path: Path) -> Iterator[Any]:
+    """Items of all lists of a datalist."""
+    with open(path, encoding="utf-8") as stream:
+        text = JsonText(stream)
+        text.take("{")
+        while text.peek() != "}":
+            text.value()  # the list's name
+            text.take(":")
+            if text.peek() != "[":
+                text.value()  # a description, say
+            else:
+                text.take("[")
+                while text.peek() != "]":
+                    yield text.value()
+                    if text.peek() != "]":
+                        text.take(",")
+                text.take("]")
+            if text.peek() != "}":
+                text.take(",")
+
+
+class JsonText:
+    """JSON read piece by piece.
+
+    Args:
+        stream: the text.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.text = ""
+        self.decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is no blank; empty at the end."""
+        while not (text := self.text.lstrip()) and (more := self.stream.read(BLOCK)):
+            self.text = more
+        self.text = text
+        return text[:1]
+
+    def take(self, expected: str) -> None:
+        """Go past the next character, which has to be this one."""
+        if self.peek() != expected:
+            raise ValueError(f"expected {expected}, got {self.text[:20] or 'the end'}")
+        self.text = self.text[1:]
+
+    def value(self) -> Any:
+        """The next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text)
+            except json.JSONDecodeError:
+                if not (more := self.stream.read(BLOCK)):
+                    raise
+            else:
+                if end < len(self.text) or not (more := self.stream.read(BLOCK)):
+                    self.text = self.text[end:]
+                    return value
+            self.text += more
+
+
+def csv_items(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a CSV manifest."""
+    with open(path, newline="", encoding="utf-8-sig") as stream:
+        yield from csv.DictReader(stream)
+
+
+def parquet_items(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet manifest."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("Parquet needs pyarrow: pip install 'cardiac-qc-plugin[cluster]'") from error
+    with parquet.ParquetFile(path) as file:
+        columns = [name for name in ("image", "case", "fold") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            yield from batch.to_pylist()
+
+
+READERS = {
+    ".json": ("a MONAI datalist, which is a JSON object of lists of items", datalist_items),
+    ".csv": ("a manifest, which is a table with a column 'image'", csv_items),
+    ".parquet": ("a manifest, which is a Parquet table with a column 'image'", parquet_items),
+}
 
 
 def phases(name: str, file: Path) -> list[Scan]:

@@ -2,4 +2,5 @@
 
 from .case_page import PAGE as PAGE
 from .case_page import write_case as write_case
+from .report import CURVE_FILE as CURVE_FILE
 from .report import write_report as write_report

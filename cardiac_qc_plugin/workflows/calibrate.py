@@ -15,6 +15,7 @@ import numpy as np
 from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.metrics.conformal import InfeasibleRisk, control_risk
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
+from cardiac_qc_plugin.reports import CURVE_FILE
 from cardiac_qc_plugin.reports.promise import calibration_text
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion
 from cardiac_qc_plugin.workflows.files import read_json, write_json, write_text
@@ -471,10 +472,10 @@ def promised_threshold(
     )
 
 
-def write_operating_curve(output: str | Path, calibration: Calibration | None) -> None:
+def write_operating_curve(output: str | Path, curve: Mapping[str, Any] | None) -> None:
     """Write ``operating_curve.json``, what each threshold catches, or remove that of an earlier run."""
-    path = Path(output) / "operating_curve.json"
-    if calibration is None:
+    path = Path(output) / CURVE_FILE
+    if curve is None:
         path.unlink(missing_ok=True)
     else:
-        write_json(path, calibration.operating_curve())
+        write_json(path, curve)

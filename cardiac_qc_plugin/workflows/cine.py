@@ -24,7 +24,17 @@ from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from .files import read_json, write_json, write_text
 from .references import patient_and_phase
 
-__all__ = ["Cine", "choose_phases", "group_cines", "index_intervals", "named_indices", "plan_phases", "write_cines"]
+__all__ = [
+    "Cine",
+    "choose_phases",
+    "group_cines",
+    "index_intervals",
+    "named_indices",
+    "plan_phases",
+    "table_row",
+    "write_cines",
+    "write_indices",
+]
 
 PHASE = re.compile(r"(.+)/phase(\d+)")
 UNITS = {"edv": "ml", "esv": "ml", "sv": "ml", "ef": "percent", "mass": "g"}
@@ -141,12 +151,11 @@ def plan_phases(cine: Cine, made_of: str) -> Given:
     return tuple(plan["ed_es"])
 
 
-def write_cines(cines: Sequence[Cine], output: Path, chosen: Mapping[str, Given]) -> list[dict[str, Any]]:
-    """Write each cine's ``cine.json`` and ``volumes.csv``, and ``indices.csv`` over all of them.
+def write_cines(cines: Sequence[Cine], chosen: Mapping[str, Given]) -> list[dict[str, Any]]:
+    """Write each cine's ``cine.json`` and ``volumes.csv``.
 
     Args:
         cines: see :func:`group_cines`.
-        output: folder of ``indices.csv``.
         chosen: by name, the phases of end-diastole and end-systole.
 
     Returns:
@@ -159,11 +168,15 @@ def write_cines(cines: Sequence[Cine], output: Path, chosen: Mapping[str, Given]
         if len(cine.phases) > 2:
             write_rows(cine.folder / "volumes.csv", record["curve"])
         records.append(record)
-    if records:
-        write_rows(output / "indices.csv", [table_row(record) for record in records])
-    else:
-        (output / "indices.csv").unlink(missing_ok=True)
     return records
+
+
+def write_indices(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``indices.csv``, a line for each ``cine.json``; no file if there are none."""
+    if records:
+        write_rows(path, [table_row(record) for record in records])
+    else:
+        path.unlink(missing_ok=True)
 
 
 def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:

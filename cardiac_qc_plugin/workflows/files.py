@@ -5,7 +5,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "file_sha256",
     "read_json",
     "read_volume",
+    "write_csv",
     "write_file",
     "write_json",
     "write_like",
@@ -89,7 +91,8 @@ class OutputError(OSError):
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write under a temporary name in the same folder, then rename; nothing is left behind on failure."""
-    temporary = path.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix decides nibabel's compression
+    # unique among the nodes that share a folder; the suffix decides nibabel's compression
+    temporary = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -126,6 +129,26 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, stream.getvalue())
+
+
+def write_csv(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]], last: str | None = None) -> None:
+    """Write a table of any length as CSV, with the columns of all its rows.
+
+    Args:
+        path: the file.
+        rows: called twice, for the columns and for the rows.
+        last: this column comes last.
+    """
+    columns = dict.fromkeys(column for row in rows() for column in row if column != last)
+    columns |= {} if last is None else {last: None}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(columns), restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows())
+
+    write_file(path, write)
 
 
 def write_json(path: Path, data: Any) -> None:

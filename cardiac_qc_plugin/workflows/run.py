@@ -1,13 +1,12 @@
 """From scans to flagged regions: segment, detect, report (see docs/architecture.md)."""
 
-import csv
 import hashlib
-import io
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from cardiac_qc_plugin import __version__
-from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.bundle import BundlePredictor, load_detector, load_models
 from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
@@ -26,10 +25,12 @@ from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.reports import PAGE, write_case, write_report
 from cardiac_qc_plugin.transforms.spatial import spacing_of
 
-from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines
-from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_json, write_like, write_text
+from .calibrate import promised_threshold
+from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
+from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_csv, write_json, write_like
+from .table import write_table_of_run
 
-__all__ = ["CaseFailures", "run"]
+__all__ = ["CaseFailures", "load_predictors", "run"]
 
 Predictors = tuple[BundlePredictor, BundlePredictor | None]  # that segment, and that find failures
 MapFiles = dict[str, tuple[str, type]]  # entry of a bundle's result: file, and type of its voxels
@@ -58,6 +59,44 @@ class CaseFailures(RuntimeError):
         self.cases = cases
         lines = "\n".join(f"  {case}: {reason}" for case, reason in failures)
         super().__init__(f"{len(failures)} case(s) could not be processed:\n{lines}")
+
+
+def load_predictors(
+    model: str,
+    map: str,
+    samples: int,
+    sample_phases: str = "all",
+    device: str = "auto",
+    root: str | Path | None = None,
+    threshold: float | None = None,
+    catch: float | None = None,
+    regions_per_patient: float | None = None,
+    calibration: str | Path | None = None,
+) -> tuple[Predictors, Predictors | None]:
+    """The bundles of a run, and those for the phases that are not sampled.
+
+    Arguments as for :func:`~cardiac_qc_plugin.bundle.load_models` and
+    :func:`~cardiac_qc_plugin.workflows.calibrate.promised_threshold`.
+
+    Args:
+        sample_phases: phases of a cine that are sampled for the b-map: ``"all"`` or ``"ed_es"``.
+
+    Raises:
+        ValueError: as these; for another `sample_phases`; or for a threshold beside a promise, which sets it.
+    """
+    if sample_phases not in ("all", "ed_es"):
+        raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
+    models = load_models(model, map, samples, device, root, threshold)
+    _, promise = promised_threshold(*models, catch, regions_per_patient, calibration)
+    if promise is not None:
+        if threshold is not None:
+            raise ValueError(
+                "A promise sets the threshold: leave out --threshold, or --catch and --regions_per_patient."
+            )
+        models = models[0], load_detector(model, map, device, root, promise.threshold)
+        models[1].promise = asdict(promise)
+    preview = load_models(model, "emap", 0, device, root) if map == "bmap" and sample_phases == "ed_es" else None
+    return models, preview
 
 
 def digest(*parts: Any) -> str:
@@ -175,6 +214,8 @@ class CaseRecord:
             for file, _ in STAGES[stage].values():
                 (self.folder / file).unlink(missing_ok=True)
         (self.folder / PAGE).unlink(missing_ok=True)
+        for part in self.folder.glob(".part-*"):  # of a process that was killed
+            part.unlink(missing_ok=True)
 
     def complete(self, entries: dict[str, Any]) -> dict[str, Any]:
         """Add what does not belong to a stage, and write if that changes the file."""
@@ -226,37 +267,31 @@ def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predict
 
 def worklist_rows(cases: list[dict[str, Any]], failures: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """Rows of the worklist, most urgent first; cases that could not be processed come before all others."""
-    rows: list[dict[str, Any]] = [
-        {"rank": 0, "case": case, "status": "failed", "message": message} for case, message in failures
-    ]
-    for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"]):
-        detection, agreement = qc["detection"], qc["segmentation"]["pairwise_dice"]
-        checked = qc["segmentation"].get("plausibility", {})  # not in results of older versions
-        rows.append(
-            {
-                "rank": 0,
-                "case": qc["case"],
-                "status": "done",
-                "urgency": round(qc["scores"]["urgency"], 4),
-                "regions_flagged": len(detection["regions"]),
-                "slices_flagged": len(detection["flagged_slices"]),
-                "slices": qc["input"]["shape"][2],
-                "slices_implausible": len(checked["implausible_slices"]) if checked else None,
-                **{f"{name}_volume_ml": round(ml, 1) for name, ml in qc["segmentation"]["volume_ml"].items()},
-                **{f"{name}_pairwise_dice": None if v is None else round(v, 4) for name, v in agreement.items()},
-            }
-        )
-    return [{**row, "rank": rank} for rank, row in enumerate(rows, start=1)]
+    rows = [failed_row(case, message) for case, message in failures]
+    rows += [worklist_row(qc) for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"])]
+    return [{"rank": rank, **row} for rank, row in enumerate(rows, start=1)]
 
 
-def write_worklist(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as CSV, with the columns of all of them."""
-    columns = list(dict.fromkeys(column for row in rows for column in row if column != "message")) + ["message"]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, stream.getvalue())
+def failed_row(case: str, message: str) -> dict[str, Any]:
+    """What the worklist says of a case that could not be processed."""
+    return {"case": case, "status": "failed", "message": message}
+
+
+def worklist_row(qc: dict[str, Any]) -> dict[str, Any]:
+    """What the worklist says of a case."""
+    detection, agreement = qc["detection"], qc["segmentation"]["pairwise_dice"]
+    checked = qc["segmentation"].get("plausibility", {})  # not in results of older versions
+    return {
+        "case": qc["case"],
+        "status": "done",
+        "urgency": round(qc["scores"]["urgency"], 4),
+        "regions_flagged": len(detection["regions"]),
+        "slices_flagged": len(detection["flagged_slices"]),
+        "slices": qc["input"]["shape"][2],
+        "slices_implausible": len(checked["implausible_slices"]) if checked else None,
+        **{f"{name}_volume_ml": round(ml, 1) for name, ml in qc["segmentation"]["volume_ml"].items()},
+        **{f"{name}_pairwise_dice": None if v is None else round(v, 4) for name, v in agreement.items()},
+    }
 
 
 def each_scan(
@@ -335,6 +370,30 @@ def comparable(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**qc, "scores": {**qc["scores"], "urgency": qc["scores"]["region_failure"]}} for qc in cases]
 
 
+def process(
+    scans: Sequence[Scan],
+    output: Path,
+    predictors: Predictors,
+    preview: Predictors | None = None,
+    given: Given = (None, None),
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]], list[dict[str, Any]]]:
+    """All that is written into the cases' own folders; arguments as for :func:`run`.
+
+    Returns:
+        Content of ``qc.json`` of the finished cases, (case, reason) of the others, and content of each ``cine.json``.
+    """
+    if preview is None:
+        cases, failures = each_scan(scans, output, predictors)
+        plans = {}
+    else:
+        cases, failures, plans = preview_cines(scans, output, predictors, preview, given)
+    cines = group_cines(cases, output, given)
+    chosen = {
+        cine.name: plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine) for cine in cines
+    }
+    return cases, failures, write_cines(cines, chosen)
+
+
 def run(
     scans: list[Scan],
     output: str | Path,
@@ -372,20 +431,13 @@ def run(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    if preview is None:
-        cases, broken = each_scan(scans, output, (segmenter, detector))
-        plans = {}
-    else:
-        cases, broken, plans = preview_cines(scans, output, (segmenter, detector), preview, given)
+    cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
     failures = [*failures, *broken]
-    cines = group_cines(cases, output, given)
-    chosen = {
-        cine.name: plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine) for cine in cines
-    }
-    records = write_cines(cines, output, chosen)
+    write_indices(output / "indices.csv", records)
     if detector is not None:
+        write_table_of_run(output, cases, failures, records)
         cases = comparable(cases)
-        write_worklist(output / "worklist.csv", worklist_rows(cases, failures))
+        write_csv(output / "worklist.csv", lambda: worklist_rows(cases, failures), last="message")
         write_report(output, cases, failures, records, skipped)
     if failures:
         raise CaseFailures(failures, cases)

@@ -11,7 +11,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.reports.cine import describe_cine
-from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, write_cines
+from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, write_cines, write_indices
 from cardiac_qc_plugin.workflows.files import write_json
 from cardiac_qc_plugin.workflows.run import run
 
@@ -37,7 +37,9 @@ def cine(folder, lv=LV, **more):
 
 def written(cases, tmp_path, given=(None, None)):
     cines = group_cines(cases, tmp_path, given)
-    return write_cines(cines, tmp_path, {one.name: choose_phases(one) for one in cines})
+    records = write_cines(cines, {one.name: choose_phases(one) for one in cines})
+    write_indices(tmp_path / "indices.csv", records)
+    return records
 
 
 def test_indices_of_a_cine(tmp_path):

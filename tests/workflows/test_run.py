@@ -12,14 +12,14 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from tiny_bundles import write_bundles
 
 from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.checkpoints import save_weights
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.inferers import MCDropoutSliceInferer
-from cardiac_qc_plugin.networks import DilatedCNN, DilatedResNet22, FailureResNet
+from cardiac_qc_plugin.networks import DilatedResNet22
 from cardiac_qc_plugin.workflows import files
 from cardiac_qc_plugin.workflows.run import CaseFailures, run, scores
 
@@ -30,18 +30,7 @@ FILES = ("segmentation", "entropy", "bayesian", "failure_probability", "failure_
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     """Copies of the DN and the failure bundle with untrained weights."""
-    root = tmp_path_factory.mktemp("bundles")
-    torch.manual_seed(0)
-    networks = {"cardiac_dn_segmentation": DilatedCNN(), "cardiac_segmentation_failure": FailureResNet()}
-    for name, network in networks.items():
-        ignore = shutil.ignore_patterns("models")
-        shutil.copytree(ROOT / "bundles" / name, root / name, ignore=ignore)
-        save_weights(network, root / name / "models" / "model.pt")
-    failure = root / "cardiac_segmentation_failure" / "configs" / "inference.json"
-    config = json.loads(failure.read_text())
-    config["detectors"] = {f"dn_{map}": {"weights": "model.pt", "threshold": 0.5} for map in ("bmap", "emap")}
-    failure.write_text(json.dumps(config))
-    return root
+    return write_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """The paper's experiments from one command: training, detection, correction, tables, figures (sections V to VII)."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cardiac_qc_plugin.reports.reproduction import write_reproduction
 
+from ..cohort.pool import Cluster
 from ..references import Outcome
 from .grid import Grid, Settings
+from .on_ray import carry_out_on_ray
 from .plan import describe
 from .stages import Budget, Progress, carry_out
 from .training import read_losses
@@ -14,7 +17,9 @@ from .training import read_losses
 __all__ = ["reproduce"]
 
 
-def reproduce(settings: Settings, budget_minutes: float | None = None, dry_run: bool = False) -> Outcome:
+def reproduce(
+    settings: Settings, budget_minutes: float | None = None, dry_run: bool = False, cluster: Cluster | None = None
+) -> Outcome:
     """Carry out what is not done, within a budget, and write tables and figures of all that is.
 
     Written to the output: ``tables/``, ``figures/`` and ``results.md``, and a folder for each network, see
@@ -24,6 +29,7 @@ def reproduce(settings: Settings, budget_minutes: float | None = None, dry_run: 
         settings: what to reproduce.
         budget_minutes: stop when so many minutes are over; the same command goes on.
         dry_run: only say what would be done, and how long it would take; a few steps are measured for that.
+        cluster: a Ray cluster to work on, instead of in this process.
 
     Returns:
         What was done, and the stages that failed.
@@ -37,9 +43,10 @@ def reproduce(settings: Settings, budget_minutes: float | None = None, dry_run: 
     if dry_run:
         stages = grid.by_fold() + [experiment.stage for experiment in grid.over_folds(planned=True)]
         return Outcome(describe(stages, settings.output), {})
-    progress = carry_out(grid.by_fold(), budget)
+    work = carry_out if cluster is None else partial(carry_out_on_ray, cluster=cluster)
+    progress = work(grid.by_fold(), budget)
     experiments = grid.over_folds()
-    measured = carry_out([e.stage for e in experiments if e.stage], Budget())  # seconds each, and worth having
+    measured = work([e.stage for e in experiments if e.stage], Budget())  # seconds each, and worth having
     write_reproduction(settings.output, experiments, training_budgets(grid))
     return finish(progress, measured, settings.output)
 

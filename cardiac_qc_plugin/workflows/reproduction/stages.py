@@ -41,6 +41,11 @@ class Budget:
         """Whether so many seconds are left."""
         return time.monotonic() + seconds < self.end
 
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.end - time.monotonic()
+
 
 @dataclass(eq=False)
 class Stage:
