@@ -11,6 +11,7 @@
     python scripts/pipeline.py fold_to_bundle --source PATH --output DIR
     python scripts/pipeline.py reproduce --data DIR --output DIR [--dry_run]
     python scripts/pipeline.py dicom_seg --predictions DIR --dicom DIR
+    python scripts/pipeline.py review   --predictions DIR [--output DIR]
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -252,6 +253,29 @@ def evaluate(
     _finish(evaluate_workflow(predictions, reference, output, compare, criterion, apex))
 
 
+def review(
+    predictions: str, output: str | None = None, reviewer: str = "", port: int = 0, no_browser: bool = False
+) -> None:
+    """Review flagged regions in the browser: paint in them, accept them, finish case by case (docs/review.md).
+
+    Args:
+        predictions: output folder of run.
+        output: folder for the corrected segmentations and audit trails; by default beside the predictions, with
+            _reviewed after the name. Run the command again to go on.
+        reviewer: who reviews, for the audit trail; the page asks for it.
+        port: of this computer, on which the page is served; any free one by default.
+        no_browser: only print the address.
+    """
+    try:
+        from cardiac_qc_plugin.review.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise RuntimeError(f"{error.name} is not installed: pip install 'cardiac-qc-plugin[review]'.") from error
+
+    serve(predictions, output, str(reviewer), port, not no_browser)
+
+
 def dicom_seg(predictions: str, dicom: str) -> None:
     """Write segmentations and flagged regions as DICOM Segmentation objects, beside the NIfTI files.
 
@@ -447,6 +471,7 @@ def main() -> None:
         "fold_to_bundle": fold_to_bundle,
         "reproduce": reproduce,
         "dicom_seg": dicom_seg,
+        "review": review,
     }
     try:
         fire.Fire(commands, name="pipeline.py")

@@ -149,7 +149,7 @@ class ReviewState:
     def _check_paint(self, event: dict[str, Any]) -> None:
         height, width, depth = shape = self.automatic.shape
         if event.get("shape") != list(shape):
-            raise Refused(f"The stroke is for a mask of shape {event.get('shape')}, that of this case is {list(shape)}.")
+            raise Refused(f"The stroke is for a mask of shape {event.get('shape')}, this case has {list(shape)}.")
         if type(event.get("label")) is not int or event["label"] not in (0, *CLASS_NAMES):
             raise Refused(f"Unknown label {event.get('label')!r}: 0 is background, 1 RV, 2 LVM, 3 LV.")
         z = event.get("slice")
@@ -169,7 +169,7 @@ class ReviewState:
         if not isinstance(numbers, list) or not numbers or not all(map(self._is_region, numbers)):
             raise Refused(f"There are no flagged regions {numbers!r}.")
         if decision == "accepted" and (edited := sorted(self.changed.intersection(numbers))):
-            raise Refused(f"Edited regions cannot be accepted as correct: {edited}. Undo the edits, or call it corrected.")
+            raise Refused(f"The regions {edited} were edited: undo that to accept them, or call them corrected.")
         if decision == "corrected" and (same := sorted(set(numbers) - self.changed)):
             raise Refused(f"Nothing was changed in the regions {same}: accept them as correct.")
 

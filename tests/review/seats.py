@@ -49,7 +49,8 @@ def write_predictions(root, cases=("p1_ed", "p1_es"), with_regions=True):
         save(folder / "failure_probability.nii.gz", probability)
         save(folder / "bayesian.nii.gz", (probability * 0.4).astype(np.float32))
         source = {"path": str(scan), "frame": None, "sha256": file_sha256(scan), "shape": SHAPE}
+        listed = [{"id": number} for number in REGIONS] if with_regions else []
         scores = {"urgency": 1.0 - 0.1 * index}
-        qc = {"case": case, "input": source, "detection": {"map": "bmap"}, "scores": scores}
+        qc = {"case": case, "input": source, "detection": {"map": "bmap", "regions": listed}, "scores": scores}
         (folder / "qc.json").write_text(json.dumps(qc))
     return root / "run"
