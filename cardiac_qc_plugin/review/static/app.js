@@ -3,7 +3,7 @@ import { brushed, SliceView, Volume } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const BRUSHES = [1, 2, 3, 5, 8];
-const REGION_MARGIN = 30, HEART_MARGIN = 12; // mm around what is shown
+const CLUSTER_MARGIN = 28, HEART_MARGIN = 12; // mm around what is shown
 const ACTIVITY = 15000; // ms between signs of activity that the server is told
 
 const settings = await get("api/settings").catch((problem) => tell(problem.message));
@@ -175,8 +175,17 @@ function showRegion() {
 function fit() {
   const region = currentRegion();
   if (open.whole || !region || region.slice !== open.z) open.view.fit(open.volume.heart, HEART_MARGIN);
-  else open.view.fit([region.row0, region.row1, region.col0, region.col1], REGION_MARGIN);
+  else open.view.fit(cluster(region), CLUSTER_MARGIN);
   refresh();
+}
+
+// i0, i1, j0, j1 of a region and all that hang together with it, so that the view stays while they are reviewed
+function cluster(region) {
+  const near = (a, b) => a.row0 <= b.row1 && b.row0 <= a.row1 && a.col0 <= b.col1 && b.col0 <= a.col1;
+  const rest = new Set(open.state.regions.filter((one) => one.slice === region.slice)), found = [region];
+  for (const one of found) for (const other of rest) if (near(one, other)) found.push(other), rest.delete(other);
+  const least = (key) => Math.min(...found.map((one) => one[key])), most = (key) => Math.max(...found.map((one) => one[key]));
+  return [least("row0"), most("row1"), least("col0"), most("col1")];
 }
 
 function showSlice(z) {
@@ -214,6 +223,7 @@ function drawContext() {
     const view = new SliceView(canvas, open.volume, colors);
     view.fit(open.volume.heart, HEART_MARGIN);
     view.draw({ z, contrast: contrast(z), showMap: false, showLabels: tool.showLabels, regions: open.state.regions, current: open.state.position, flagColor: settings.flag_color });
+    view.drawText(String(z + 1));
   });
 }
 
@@ -221,7 +231,7 @@ function refresh() {
   const { state, z, volume } = open, region = currentRegion(), depth = volume.shape[2];
   const decided = state.regions.filter((one) => one.decision).length, total = state.regions.length;
   $("which").textContent = region ? `Region ${region.id} of ${total}` : "Nothing flagged";
-  $("about").textContent = region ? `probability of a failure ${region.probability.toFixed(2)} · ${decided} decided` : "";
+  $("about").textContent = region ? `probability ${region.probability.toFixed(2)} · ${decided} decided` : "";
   $("slice-label").textContent = `slice ${z + 1} of ${depth}` + (region && region.slice !== z ? ` (region in ${region.slice + 1})` : "");
   $("progress").replaceChildren(...state.regions.map((one) => {
     const mark = document.createElement("button");

@@ -219,15 +219,18 @@ export class SliceView {
     if (decision && !dash.length) {
       const corners = [this.corner(row0, col0), this.corner(row1, col1)];
       const [x, y] = [0, 1].map((axis) => Math.max(corners[0][axis], corners[1][axis]) - 4 * ratio);
-      context.font = `bold ${13 * ratio}px sans-serif`;
-      context.textAlign = "right";
-      context.lineWidth = 3 * ratio;
-      context.strokeStyle = "#000";
-      const mark = decision === "accepted" ? "✓" : "✎";
-      context.strokeText(mark, x, y);
-      context.fillStyle = "#fff";
-      context.fillText(mark, x, y);
+      this.drawText(decision === "accepted" ? "✓" : "✎", x, y, "right");
     }
+  }
+
+  // white letters with a black edge, by default in the lower left corner
+  drawText(text, x = 5 * this.ratio, y = this.canvas.height - 5 * this.ratio, align = "left") {
+    const { context, ratio } = this;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    Object.assign(context, { font: `bold ${13 * ratio}px sans-serif`, textAlign: align, lineWidth: 3 * ratio });
+    Object.assign(context, { strokeStyle: "#000", fillStyle: "#fff" });
+    context.strokeText(text, x, y);
+    context.fillText(text, x, y);
   }
 
   corner(i, j) {
