@@ -84,8 +84,13 @@ class CaseReview:
                 f"{self.journal.path}: this review was begun on other predictions of {name}. "
                 "Review these in another output folder, or move the file away to begin again."
             )
-        for event in self.journal.events[1:]:
-            self.state.apply(event)
+        for line, event in enumerate(self.journal.events[1:], start=2):
+            try:
+                if event["action"] not in ("open", "close"):
+                    self.state.check(event)
+                self.state.apply(event)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.journal.path}, line {line}: no action of a review ({error}).") from error
 
     def _read(self, name: str) -> np.ndarray:
         array = read_volume(self.folder / name).data

@@ -247,9 +247,8 @@ def serve(
         try:
             listener.bind((HOST, port))
         except OSError as error:
-            raise OSError(
-                error.errno, f"port {port} is taken ({error.strerror}): give another one, --port 0 for any."
-            ) from error
+            raise OSError(error.errno, f"{error.strerror}: choose another --port than {port}.") from error
+        listener.listen()  # before the address is told
         port = listener.getsockname()[1]
         token = secrets.token_urlsafe(32)
         address = f"http://{HOST}:{port}/?token={token}"

@@ -50,7 +50,9 @@ def write_predictions(root, cases=("p1_ed", "p1_es"), with_regions=True):
         save(folder / "bayesian.nii.gz", (probability * 0.4).astype(np.float32))
         source = {"path": str(scan), "frame": None, "sha256": file_sha256(scan), "shape": SHAPE}
         listed = [{"id": number} for number in REGIONS] if with_regions else []
+        detection = {"map": "bmap", "regions": listed, "threshold": 0.9, "region_size": 8}
+        detection["boxes"] = [[8, 56, 8, 48]] * SHAPE[2]
         scores = {"urgency": 1.0 - 0.1 * index}
-        qc = {"case": case, "input": source, "detection": {"map": "bmap", "regions": listed}, "scores": scores}
+        qc = {"case": case, "input": source, "detection": detection, "scores": scores}
         (folder / "qc.json").write_text(json.dumps(qc))
     return root / "run"
