@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import nibabel as nib
 import numpy as np
 
 from cardiac_qc_plugin import __version__
@@ -123,13 +124,24 @@ def accept_edits(
         ValueError: a file is missing or damaged, lies on another grid, or edits outside with "error".
     """
     flagged, regions = _flagged(folder, segmentation)
-    edits = read_labels(edited).data
+    edits = _as_stored(read_labels(edited), segmentation)
     try:
         labels, report = apply_edits(segmentation.data, edits, flagged, on_outside)
     except ValueError as error:
         raise ValueError(f"{edited}: {error}") from error
     notes = {"kind": "expert", "on_outside": on_outside, "n_regions_flagged": _n_regions(flagged)}
     return labels, {**notes, "edits": asdict(report)}, {"edited": edited, "failure_regions": regions}
+
+
+def _as_stored(edited: Volume, segmentation: Volume) -> np.ndarray:
+    """Labels in the order of the segmentation's voxels, where an editor has saved them with axes turned or swapped."""
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(edited.image.affine), nib.io_orientation(segmentation.image.affine)
+    )
+    affine = edited.image.affine @ nib.orientations.inv_ornt_aff(turn, edited.data.shape)
+    if np.allclose(affine, segmentation.image.affine, atol=0.01):
+        return nib.orientations.apply_orientation(edited.data, turn)
+    return edited.data  # an editor that does not keep the position; its order of voxels is all there is
 
 
 def write_correction(

@@ -33,8 +33,8 @@ async function showWorklist() {
     (timed.length ? `, ${clock(mean)} each on average.` : ".");
   $("rows").replaceChildren(...cases.map(worklistRow));
   const unflagged = unflaggedCases();
-  $("copy-unflagged").hidden = !unflagged.length;
-  $("copy-unflagged").textContent = `Take over the ${unflagged.length} segmentations in which nothing is flagged`;
+  $("accept-unflagged").hidden = !unflagged.length;
+  $("accept-unflagged").textContent = `Accept the ${unflagged.length} segmentations in which nothing is flagged`;
   $("next-case").disabled = !nextCase();
 }
 
@@ -58,7 +58,7 @@ function worklistRow(row, index) {
 const nextCase = () => cases.find((row) => row.regions && row.status !== "finished" && row.status !== "broken" && !row.is_open);
 const unflaggedCases = () => cases.filter((row) => row.regions === 0 && row.status === "open");
 
-async function takeOverUnflagged() {
+async function acceptUnflagged() {
   for (const row of unflaggedCases()) {
     const { session } = await post("api/open", { case: row.case, reviewer: reviewer() });
     await post("api/act", { case: row.case, session, action: { id: session, action: "finish" } });
@@ -461,7 +461,7 @@ const commands = {
 for (const [id, command] of Object.entries(commands)) $(id).onclick = () => { active(); command(); };
 document.querySelectorAll("[data-label]").forEach((button) => (button.onclick = () => choose({ label: Number(button.dataset.label) })));
 $("next-case").onclick = () => nextCase() && openCase(nextCase().case);
-$("copy-unflagged").onclick = () => reviewer() ? takeOverUnflagged() : toast("Fill in who reviews.");
+$("accept-unflagged").onclick = () => reviewer() ? acceptUnflagged() : toast("Fill in who reviews.");
 $("level").oninput = $("width").oninput = () => setContrast(Number($("level").value), Number($("width").value));
 
 const keys = {
