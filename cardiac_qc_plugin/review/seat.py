@@ -38,6 +38,7 @@ PARTS = {  # of an action, that the journal keeps
     "paint": ("slice", "label", "voxels", "shape"),
     "decide": ("regions", "decision"),
     "visit": ("region",),
+    "finish": ("incomplete",),
 }
 WINDOW = 0.5, 99.8  # percentiles of the scan between which the page can set its contrast window
 
@@ -330,14 +331,15 @@ class Seat:
         review = self.review(name)
         review.act(session, action)
         if action["action"] == "finish":
-            self.write_audit(review)
+            return {**review.current(), "indices": self.write_audit(review)}
         return review.current()
 
-    def write_audit(self, review: CaseReview) -> None:
-        """Write ``audit.json`` and ``audit.csv`` of a finished case."""
+    def write_audit(self, review: CaseReview) -> dict[str, Any]:
+        """Write ``audit.json`` and ``audit.csv`` of a finished case; returns its clinical indices."""
         audit = {**review.audit(), "indices": self.indices(review)}
         write_rows(review.output / "audit.csv", audit["actions"])
         write_json(review.output / AUDIT, audit)
+        return audit["indices"]
 
     def indices(self, review: CaseReview) -> dict[str, Any]:
         """Clinical indices before and after, where the patient's other phase is among the cases; else none.

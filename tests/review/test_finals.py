@@ -1,4 +1,4 @@
-"""Final labels in MONAI Label's folders, written as 3D Slicer does: accepted by `correct --edited`, by the same rule."""
+"""Final labels in MONAI Label's folders, written as 3D Slicer does: accepted by `correct --edited`."""
 
 import itk
 import nibabel as nib

@@ -22,6 +22,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from cardiac_qc_plugin.review.seat import Seat  # noqa: E402
 from cardiac_qc_plugin.review.server import MAX_BODY, create_app  # noqa: E402
+from cardiac_qc_plugin.review.server import serve as start  # noqa: E402
 from cardiac_qc_plugin.workflows.correct import correct  # noqa: E402
 from cardiac_qc_plugin.workflows.evaluate import evaluate  # noqa: E402
 
@@ -437,6 +438,15 @@ def test_a_server_killed_right_after_finishing_makes_up_the_audit(page, predicti
     assert json.loads(audit.read_text()) == content
 
 
+def test_a_case_finished_before_all_was_decided(page, predictions, tmp_path):
+    page.open()
+    assert page.act("finish", incomplete=True).status_code == 200
+    audit = json.loads((tmp_path / "out" / "p1_ed" / "audit.json").read_text())
+    assert {region["decision"] for region in audit["regions"]} == {"not decided"}
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    assert other.open().json()["state"]["finished"]
+
+
 def test_cases_without_flagged_regions(tmp_path):
     predictions = write_predictions(tmp_path, with_regions=False)
     page = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
@@ -490,11 +500,10 @@ def test_the_command_serves_this_computer_only(predictions, tmp_path, serve):
             head = f"GET /static/../../../setup.cfg HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             raw.sendall(f"{head}Cookie: {next(iter(browser.client.cookies))}={address.split('=')[1]}\r\n\r\n".encode())
             assert raw.makefile("rb").readline().split()[1] == b"404"
-        second = run_command(predictions, tmp_path / "out")
-        assert second.returncode == 1 and "another review server is at work there" in second.stderr
-        taken = run_command(predictions, tmp_path / "out2", "--port", str(port))
-        assert taken.returncode == 1 and f"choose another --port than {port}" in taken.stderr
-        assert second.stderr.count("\n") == taken.stderr.count("\n") == 1
+        with pytest.raises(ValueError, match="another review server is at work there"):
+            start(predictions, tmp_path / "out", browser=False)
+        with pytest.raises(OSError, match=f"choose another --port than {port}"):
+            start(predictions, tmp_path / "out2", port=port, browser=False)
 
 
 def test_kill_9_during_saves(predictions, tmp_path, serve):

@@ -278,14 +278,20 @@ function showSaved(status, reason) {
 function showSummary() {
   const { state, name } = open, { before, after } = state.volume_ml;
   const counts = (decision) => state.regions.filter((region) => region.decision === decision).length;
+  const rows = Object.keys(before).map((key) => [`${key} (ml)`, before[key], after[key]]);
+  const indices = state.indices?.before ? state.indices : null; // where the patient's other phase is there
+  for (const side of indices ? ["lv", "rv"] : []) {
+    const key = `${side}_ef_percent`;
+    rows.push([`${side.toUpperCase()} ejection fraction (%)`, indices.before[key], indices.after[key]]);
+  }
   const box = document.createElement("div");
   const title = Object.assign(document.createElement("h2"), { textContent: `${name} is finished` });
   const text = document.createElement("p");
   text.textContent = `${counts("corrected")} regions corrected, ${counts("accepted")} accepted as correct, in ${clock(state.seconds)}.`;
   const table = document.createElement("table");
-  for (const cells of [["ml", "automatic", "reviewed"], ...Object.keys(before).map((key) => [key, before[key].toFixed(1), after[key].toFixed(1)])]) {
+  for (const cells of [["", "automatic", "reviewed"], ...rows]) {
     const row = table.insertRow();
-    cells.forEach((cell) => (row.insertCell().textContent = cell));
+    cells.forEach((cell) => (row.insertCell().textContent = typeof cell === "number" ? cell.toFixed(1) : cell ?? "–"));
   }
   box.append(title, text, table);
   refresh();

@@ -139,25 +139,33 @@ export class SliceView {
 
   draw({ z, contrast, showMap, showLabels, regions, current, flagColor, cursor }) {
     this.resize();
-    const { context, canvas, volume } = this, [a, d, e, f] = this.transform();
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.fillStyle = "#0b0d10";
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.setTransform(a, 0, 0, d, e, f);
-    context.imageSmoothingEnabled = true;
-    context.imageSmoothingQuality = "high";
-    context.drawImage(this.cached(`image ${z} ${contrast}`, () => volume.imagePlane(z, contrast)), 0, 0);
-    if (showMap) {
-      context.imageSmoothingEnabled = false;
-      context.globalAlpha = 0.7;
-      context.drawImage(this.cached(`map ${z}`, () => volume.mapPlane(z)), 0, 0);
-      context.globalAlpha = 1;
-    }
+    const key = [z, contrast, showMap, ...this.transform(), this.canvas.width, this.canvas.height].join();
+    if (key !== this.baseKey) this.drawBase(z, contrast, showMap); // it stays while one paints
+    this.baseKey = key;
+    this.context.setTransform(1, 0, 0, 1, 0, 0);
+    this.context.drawImage(this.base, 0, 0);
     if (showLabels) this.drawLabels(z, showMap);
     for (const region of regions) if (region.slice === z) this.drawRegion(region, region.id === current, flagColor);
     const here = regions.find((region) => region.id === current);
     if (here && here.slice !== z) this.drawRegion(here, false, flagColor, [2, 4]);
     if (cursor) this.drawCursor(cursor);
+  }
+
+  // image and map, on a canvas of their own
+  drawBase(z, contrast, showMap) {
+    const { width, height } = this.canvas, { volume } = this;
+    this.base = new OffscreenCanvas(width, height);
+    const context = this.base.getContext("2d");
+    context.fillStyle = "#0b0d10";
+    context.fillRect(0, 0, width, height);
+    const [a, d, e, f] = this.transform();
+    context.setTransform(a, 0, 0, d, e, f);
+    context.imageSmoothingQuality = "high";
+    context.drawImage(this.cached(`image ${z} ${contrast}`, () => volume.imagePlane(z, contrast)), 0, 0);
+    if (!showMap) return;
+    context.imageSmoothingEnabled = false;
+    context.globalAlpha = 0.7;
+    context.drawImage(this.cached(`map ${z}`, () => volume.mapPlane(z)), 0, 0);
   }
 
   // fill of each class, and a line along its voxel edges, a little within them
@@ -170,9 +178,10 @@ export class SliceView {
       if (!label) return;
       const fill = new Path2D(), edge = new Path2D();
       for (let j = 0; j < width; j++) {
-        for (let i = 0; i < height; i++) {
+        for (let i = 0, start = 0; i < height; i++) {
           if (at(i, j) !== label) continue;
-          fill.rect(i, j, 1, 1);
+          if (at(i - 1, j) !== label) start = i;
+          if (at(i + 1, j) !== label) fill.rect(start, j, i + 1 - start, 1);
           const [left, right, top, bottom] = [i + di, i + 1 - di, j + dj, j + 1 - dj];
           const open = [at(i - 1, j), at(i + 1, j), at(i, j - 1), at(i, j + 1)].map((other) => other !== label);
           const segment = (x0, y0, x1, y1) => { edge.moveTo(x0, y0); edge.lineTo(x1, y1); };
@@ -216,8 +225,8 @@ export class SliceView {
     context.strokeStyle = decision ? "#9aa4b1" : flagColor;
     this.stroke(path, (isCurrent ? 2.5 : 1.5) * ratio);
     context.setLineDash([]);
-    if (decision && !dash.length) {
-      const corners = [this.corner(row0, col0), this.corner(row1, col1)];
+    const corners = [this.corner(row0, col0), this.corner(row1, col1)];
+    if (decision && !dash.length && Math.abs(corners[1][0] - corners[0][0]) > 28 * ratio) {
       const [x, y] = [0, 1].map((axis) => Math.max(corners[0][axis], corners[1][axis]) - 4 * ratio);
       this.drawText(decision === "accepted" ? "✓" : "✎", x, y, "right");
     }
