@@ -124,11 +124,13 @@ class CaseReview:
             low, high = np.percentile(scan, WINDOW)
             array = (np.clip((scan - low) / max(high - low, 1e-9), 0, 1) * 65535).astype("<u2")
         elif name == "uncertainty":
-            array = self._read(MAP_FILES[self.qc["detection"]["map"]])
-            array = (np.clip(array / MAP_TOP, 0, 1) * 255).astype(np.uint8)
+            array = (np.clip(self._uncertainty() / MAP_TOP, 0, 1) * 255).astype(np.uint8)
         else:
             array = self.state.automatic if name == "automatic" else self.state.flagged.astype("<u2")
         return array.tobytes(order="F")
+
+    def _uncertainty(self) -> np.ndarray:
+        return self._read(MAP_FILES[self.qc["detection"]["map"]])
 
     def _scan(self) -> Volume:
         """The scan that was segmented: a phase of a cine lies in the case's folder, else where ``qc.json`` says."""
@@ -143,7 +145,7 @@ class CaseReview:
 
     def describe(self) -> dict[str, Any]:
         """What does not change while the case is reviewed."""
-        self._scan()  # a scan that cannot be shown is told before the case opens
+        self._scan(), self._uncertainty()  # what cannot be shown is told before the case opens
         return {
             "case": self.name,
             "shape": self.segmentation.data.shape,

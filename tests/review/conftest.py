@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from seats import write_predictions
 
-pytest.importorskip("starlette", reason="needs the extra [review]")
-pytest.importorskip("uvicorn", reason="needs the extra [review]")
 PIPELINE = Path(__file__).resolve().parents[2] / "scripts" / "pipeline.py"
 
 

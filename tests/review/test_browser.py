@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import threading
 
 import nibabel as nib
@@ -35,8 +36,6 @@ def chromium():
 @pytest.fixture
 def address(predictions, tmp_path):
     """A server in this process; its state can be compared with what the page shows."""
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -10,21 +10,20 @@ import subprocess
 import sys
 import threading
 
+import httpx
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from conftest import PIPELINE
 from seats import SHAPE, automatic, flagged, save, write_predictions
+from starlette.testclient import TestClient
 
-httpx, psutil = pytest.importorskip("httpx"), pytest.importorskip("psutil")
-
-from starlette.testclient import TestClient  # noqa: E402
-
-from cardiac_qc_plugin.review.seat import Seat  # noqa: E402
-from cardiac_qc_plugin.review.server import MAX_BODY, create_app  # noqa: E402
-from cardiac_qc_plugin.review.server import serve as start  # noqa: E402
-from cardiac_qc_plugin.workflows.correct import correct  # noqa: E402
-from cardiac_qc_plugin.workflows.evaluate import evaluate  # noqa: E402
+from cardiac_qc_plugin.review.seat import Seat
+from cardiac_qc_plugin.review.server import MAX_BODY, create_app
+from cardiac_qc_plugin.review.server import serve as start
+from cardiac_qc_plugin.workflows.correct import correct
+from cardiac_qc_plugin.workflows.evaluate import evaluate
 
 TOKEN, PORT = "a-token", 8123
 HOME = f"http://127.0.0.1:{PORT}"
@@ -425,6 +424,7 @@ def test_a_scan_that_has_changed_is_not_shown(page, tmp_path):
     assert answer.status_code == 422 and f"{scan}: not the scan that was segmented" in answer.json()["error"]
     scan.unlink()
     assert "no such file" in page.open().json()["error"]
+    assert not journal(tmp_path)
     assert page.open("p1_es").status_code == 200
 
 

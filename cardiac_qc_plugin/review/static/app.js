@@ -6,7 +6,10 @@ const BRUSHES = [1, 2, 3, 5, 8];
 const CLUSTER_MARGIN = 28, HEART_MARGIN = 12; // mm around what is shown
 const ACTIVITY = 15000; // ms between signs of activity that the server is told
 
-const settings = await get("api/settings").catch((problem) => tell(problem.message));
+const settings = await get("api/settings").catch((problem) => {
+  tell(problem.message);
+  return new Promise(() => {}); // nothing more can be done
+});
 const colors = Object.assign([], ...Object.entries(settings.classes).map(([name, label]) => ({ [label]: settings.colors[name] })));
 document.querySelectorAll("[data-label]").forEach((button) =>
   button.style.setProperty("--color", colors[button.dataset.label] ?? "#fff"));
@@ -82,19 +85,19 @@ async function openCase(name, takeOver = false) {
     return toast("Fill in who reviews; the audit trail names the reviewer.");
   }
   const key = `session ${name}`;
-  let answer;
+  let answer, voxels;
   try {
     const previous = sessionStorage.getItem(key);
     answer = await post("api/open", { case: name, reviewer: reviewer(), previous, take_over: takeOver });
+    sessionStorage.setItem(key, answer.session);
+    const load = (volume, Type) => getVoxels(`api/volume?case=${encodeURIComponent(name)}&name=${volume}`, Type);
+    voxels = await Promise.all([load("image", Uint16Array), load("uncertainty", Uint8Array),
+      load("automatic", Uint8Array), load("regions", Uint16Array)]);
   } catch (problem) {
     await showWorklist();
     if (problem.status !== 409) return tell(problem.message);
     return ask(problem.message, { "Take over": () => openCase(name, true), "Leave it": () => {} });
   }
-  sessionStorage.setItem(key, answer.session);
-  const path = (volume) => `api/volume?case=${encodeURIComponent(name)}&name=${volume}`;
-  const voxels = await Promise.all([getVoxels(path("image"), Uint16Array), getVoxels(path("uncertainty"), Uint8Array),
-    getVoxels(path("automatic"), Uint8Array), getVoxels(path("regions"), Uint16Array)]);
   history.replaceState(null, "", `#case=${encodeURIComponent(name)}`);
   $("worklist").hidden = true;
   $("seat").hidden = false;
@@ -464,7 +467,13 @@ const commands = {
   finish,
   back: showWorklist,
 };
-for (const [id, command] of Object.entries(commands)) $(id).onclick = () => { active(); command(); };
+for (const [id, command] of Object.entries(commands)) {
+  $(id).onclick = (event) => {
+    if (event.detail) event.currentTarget.blur(); // clicked, not pressed by a key: Enter is free again
+    active();
+    command();
+  };
+}
 document.querySelectorAll("[data-label]").forEach((button) => (button.onclick = () => choose({ label: Number(button.dataset.label) })));
 $("next-case").onclick = () => nextCase() && openCase(nextCase().case);
 $("accept-unflagged").onclick = () => reviewer() ? acceptUnflagged() : toast("Fill in who reviews.");
@@ -489,6 +498,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.target.matches("button")) $("next-case").click();
     return;
   }
+  if (event.target.matches("button") && [" ", "Enter"].includes(event.key)) return;
   if (event.key === " ") spaceDown = true;
   const key = event.ctrlKey || event.metaKey ? { z: event.shiftKey ? "y" : "z", Z: "y", y: "y" }[event.key] : event.key;
   const command = keys[key];
