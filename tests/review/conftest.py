@@ -3,12 +3,9 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from seats import write_predictions
-
-PIPELINE = Path(__file__).resolve().parents[2] / "scripts" / "pipeline.py"
+from seats import PIPELINE, write_predictions
 
 
 @pytest.fixture

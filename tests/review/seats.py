@@ -1,12 +1,14 @@
 """A small folder of predictions as `run` leaves it, made by hand: a box of a heart with two wrong slices."""
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from cardiac_qc_plugin.workflows.files import file_sha256
 
+PIPELINE = Path(__file__).resolve().parents[2] / "scripts" / "pipeline.py"
 SHAPE, SPACING = (64, 48, 4), (1.5, 1.5, 8.0)
 # number: slice, first row, first column, probability; region 2 lies beside region 1
 REGIONS = {1: (1, 16, 16, 0.98), 2: (1, 24, 16, 0.95), 3: (3, 32, 24, 0.92)}

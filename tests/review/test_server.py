@@ -15,8 +15,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-from conftest import PIPELINE
-from seats import SHAPE, automatic, flagged, save, write_predictions
+from seats import PIPELINE, SHAPE, automatic, flagged, save, write_predictions
 from starlette.testclient import TestClient
 
 from cardiac_qc_plugin.review.seat import Seat
@@ -380,6 +379,25 @@ def test_the_same_rule_and_files_as_correct_edited(page, predictions, tmp_path):
         "p1_ed" in (tmp_path / "scores" / "comparison.csv").read_text()
         or (tmp_path / "scores" / "comparison.csv").stat().st_size
     )
+
+
+def test_painting_the_reference_is_the_simulated_correction(page, predictions, tmp_path):
+    """Two ways to the same labels: by strokes in the seat, and by `correct --reference`."""
+    reference = np.roll(automatic(), (3, -2), axis=(0, 1))
+    reference[30:36, 26:30, 3] = 3
+    for case in ("p1_ed", "p1_es"):
+        save(tmp_path / "reference" / f"{case}_gt.nii.gz", reference)
+    assert not correct(predictions, tmp_path / "simulated", reference=tmp_path / "reference").failures
+    page.open()
+    for z in range(SHAPE[2]):
+        for label in range(4):
+            voxels = np.argwhere((flagged()[..., z] > 0) & (reference[..., z] == label)).tolist()
+            if voxels:
+                assert page.paint(voxels, slice=z, label=label).status_code == 200
+    assert page.act("finish", incomplete=True).status_code == 200
+    mine, theirs = (load(tmp_path / side / "p1_ed" / "segmentation.nii.gz") for side in ("out", "simulated"))
+    np.testing.assert_array_equal(mine, theirs)
+    assert (mine != automatic()).any()
 
 
 def test_a_journal_that_breaks_a_rule_is_refused(page, predictions, tmp_path):
