@@ -1,5 +1,6 @@
 """The review page in Chromium, driven by real mouse, touch and key events."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import threading
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import uvicorn
 from seats import REGIONS, SHAPE, automatic, flagged
@@ -24,13 +26,18 @@ TOKEN = "a-token"
 
 
 @pytest.fixture(scope="module")
-def chromium():
+def launch():
     if CHROMIUM is None:
         pytest.skip("no Chromium: install it, or set CHROMIUM to its path")
     with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+        yield lambda: playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def chromium(launch):
+    browser = launch()
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -62,6 +69,14 @@ class Screen:
 
     def open(self):
         self.page.click("#next-case")
+        self.page.wait_for_selector("#seat:not([hidden])")
+
+    def take_over(self):
+        """Open the first case although another window has it."""
+        self.page.click("#rows tr:first-child button")
+        self.page.wait_for_selector("#message[open]")
+        assert "open in another window" in self.page.text_content("#message-text")
+        self.page.click("#message >> text=Take over")
         self.page.wait_for_selector("#seat:not([hidden])")
 
     def point(self, i, j):
@@ -160,7 +175,24 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     assert not screen.complaints
 
 
-def test_a_killed_browser_and_a_second_one(chromium, address):
+def test_a_killed_browser(chromium, launch, address):
+    before = set(psutil.Process().children(recursive=True))
+    screen = Screen(launch(), address)
+    screen.open()
+    _, row, col, _ = REGIONS[1]
+    screen.press("3")
+    screen.drag((row + 2, col + 2), (row + 4, col + 5))
+    painted = screen.labels()
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    again = Screen(chromium, address)
+    again.take_over()
+    np.testing.assert_array_equal(again.labels(), painted)
+    assert (painted != automatic()).any()
+
+
+def test_two_browsers(chromium, address):
     first = Screen(chromium, address)
     first.open()
     _, row, col, _ = REGIONS[1]
@@ -170,11 +202,7 @@ def test_a_killed_browser_and_a_second_one(chromium, address):
     assert (painted != automatic()).any()
 
     second = Screen(chromium, address)
-    second.page.click("#rows tr:first-child button")
-    second.page.wait_for_selector("#message[open]")
-    assert "open in another window" in second.page.text_content("#message-text")
-    second.page.click("#message >> text=Take over")
-    second.page.wait_for_selector("#seat:not([hidden])")
+    second.take_over()
     np.testing.assert_array_equal(second.labels(), painted)
 
     first.press("2")
