@@ -63,7 +63,7 @@ class CaseReview:
         name: the case.
         folder: its folder in the predictions.
         output: its folder for what the review writes: ``review.jsonl`` while it goes on; when it is finished, see
-            :meth:`finish`.
+            :meth:`write_segmentation` and :meth:`Seat.write_audit`.
 
     Raises:
         ValueError: a file is missing or damaged, does not fit the others, or is no longer the one whose review was
@@ -80,7 +80,7 @@ class CaseReview:
         self.session: str | None = None
         self.journal = Journal(output / JOURNAL)
         begun = self._begin()
-        if self.journal.events and self.journal.events[0]["sources"] != begun["sources"]:
+        if self.journal.events and self.journal.events[0].get("sources") != begun["sources"]:
             raise ValueError(
                 f"{self.journal.path}: this review was begun on other predictions of {name}. "
                 "Review these in another output folder, or move the file away to begin again."

@@ -185,7 +185,7 @@ class ReviewState:
 
     def _clock(self, event: dict[str, Any]) -> None:
         now = datetime.fromisoformat(event["time"])
-        if self.last is not None and event["action"] != "open":
+        if self.last is not None and event["action"] != "open" and not self.finished:
             gap = (now - self.last).total_seconds()
             if 0 < gap <= PAUSE:
                 self.seconds += gap

@@ -175,6 +175,14 @@ def test_time_leaves_pauses_out(player):
     assert player.state.region_seconds == pytest.approx({1: 10, 2: 59.5 + 20 + 5})
 
 
+def test_time_stops_when_the_case_is_finished(player):
+    player.do("finish", after=10, incomplete=True)
+    player.do("visit", region=2, after=20)
+    player.do("reopen", after=20)
+    player.do("visit", region=1, after=5)
+    assert player.state.seconds == pytest.approx(10 + 5)
+
+
 def test_a_torn_line_is_cut_off(tmp_path):
     path = tmp_path / "case" / "review.jsonl"
     journal = Journal(path)
