@@ -15,6 +15,7 @@
     python scripts/pipeline.py calibrate --predictions DIR --reference DIR --output FILE
     python scripts/pipeline.py compare_expert --predictions DIR --expert DIR --reference DIR --output DIR
     python scripts/pipeline.py table    --predictions DIR
+    python scripts/pipeline.py review   --predictions DIR [--output DIR]
 
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
@@ -377,6 +378,29 @@ def compare_expert(predictions: str, expert: str, reference: str, output: str, o
     _finish(workflow(predictions, expert, reference, output, on_outside))
 
 
+def review(
+    predictions: str, output: str | None = None, reviewer: str = "", port: int = 0, no_browser: bool = False
+) -> None:
+    """Review flagged regions in the browser: paint in them, accept them, finish case by case (docs/review.md).
+
+    Args:
+        predictions: output folder of run.
+        output: folder for the corrected segmentations and audit trails; by default beside the predictions, with
+            _reviewed after the name. Run the command again to go on.
+        reviewer: who reviews, for the audit trail; the page asks for it.
+        port: of this computer, on which the page is served; any free one by default.
+        no_browser: only print the address.
+    """
+    try:
+        from cardiac_qc_plugin.review.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise RuntimeError(f"{error.name} is not installed: pip install 'cardiac-qc-plugin[review]'.") from error
+
+    serve(predictions, output, str(reviewer), port, not no_browser)
+
+
 def dicom_seg(predictions: str, dicom: str) -> None:
     """Write segmentations and flagged regions as DICOM Segmentation objects, beside the NIfTI files.
 
@@ -605,6 +629,7 @@ def main() -> None:
         "calibrate": calibrate,
         "compare_expert": compare_expert,
         "table": table,
+        "review": review,
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
     try:

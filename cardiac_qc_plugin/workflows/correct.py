@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import nibabel as nib
 import numpy as np
 
 from cardiac_qc_plugin import __version__
@@ -13,9 +14,9 @@ from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failur
 from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_volume, write_json, write_like
 from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, read_labels, read_reference
 
-__all__ = ["correct"]
+__all__ = ["accept_edits", "correct", "write_correction"]
 
-SEGMENTATION, REGIONS = "segmentation.nii.gz", "failure_regions.nii.gz"
+SEGMENTATION, REGIONS, RECORD = "segmentation.nii.gz", "failure_regions.nii.gz", "correction.json"
 Method = Callable[[str, Path, Volume], tuple[np.ndarray, dict[str, Any], dict[str, Path]]]
 """From a case's name, folder and segmentation to its corrected labels, what to note, and the files used."""
 
@@ -64,25 +65,11 @@ def correct(
     output.mkdir(parents=True, exist_ok=True)
 
     def correct_case(case: str, folder: Path) -> dict[str, Any]:
-        for name in (SEGMENTATION, "correction.json"):
+        for name in (SEGMENTATION, RECORD):
             (output / case / name).unlink(missing_ok=True)  # of an earlier correction
         segmentation = read_labels(folder / SEGMENTATION)
         labels, notes, sources = method(case, folder, segmentation)
-        changed = labels != segmentation.data
-        record = {
-            "case": case,
-            **notes,
-            "n_voxels_changed": int(changed.sum()),
-            "slices_changed": np.flatnonzero(changed.any(axis=(0, 1))).tolist(),
-            "sources": {
-                name: {"path": str(path.resolve()), "sha256": file_sha256(path)}
-                for name, path in {"segmentation": folder / SEGMENTATION, **sources}.items()
-            },
-            "versions": {"cardiac_qc_plugin": __version__},
-        }
-        write_like(output / case / SEGMENTATION, labels, segmentation)
-        write_json(output / case / "correction.json", record)
-        return record
+        return write_correction(case, folder, output / case, segmentation, labels, notes, sources)
 
     records, failures = each_case(predictions, correct_case, "correct")
     return Outcome(_summary(list(records.values()), failures, output), failures)
@@ -116,19 +103,85 @@ def _simulated(references: References, rule: Rule, criterion: str | None, apex: 
 def _expert(masks: References, on_outside: str) -> Method:
     if on_outside not in ("error", "drop"):
         raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
+    return lambda case, folder, segmentation: accept_edits(masks.find(case, folder), folder, segmentation, on_outside)
 
-    def accept(case: str, folder: Path, segmentation: Volume) -> tuple:
-        sources = {"edited": masks.find(case, folder)}
-        flagged, sources["failure_regions"] = read_flagged(folder, segmentation)
-        edited = read_labels(sources["edited"]).data
-        try:
-            labels, report = apply_edits(segmentation.data, edited, flagged, on_outside)
-        except ValueError as error:
-            raise ValueError(f"{sources['edited']}: {error}") from error
-        notes = {"kind": "expert", "on_outside": on_outside, "n_regions_flagged": _n_regions(flagged)}
-        return labels, {**notes, "edits": asdict(report)}, sources
 
-    return accept
+def accept_edits(
+    edited: Path, folder: Path, segmentation: Volume, on_outside: Literal["error", "drop"] = "error"
+) -> tuple[np.ndarray, dict[str, Any], dict[str, Path]]:
+    """An expert's edited mask, as far as it changes flagged regions only.
+
+    Args:
+        edited: file of the edited mask.
+        folder: the case's folder, with its flagged regions.
+        segmentation: the automatic labels, (H, W, D).
+        on_outside: edits outside flagged regions: an error, or dropped and counted.
+
+    Returns:
+        The corrected labels, uint8 (H, W, D), what to note in ``correction.json``, and the files used.
+
+    Raises:
+        ValueError: a file is missing or damaged, lies on another grid, or edits outside with "error".
+    """
+    flagged, regions = read_flagged(folder, segmentation)
+    edits = _as_stored(read_labels(edited), segmentation)
+    try:
+        labels, report = apply_edits(segmentation.data, edits, flagged, on_outside)
+    except ValueError as error:
+        raise ValueError(f"{edited}: {error}") from error
+    notes = {"kind": "expert", "on_outside": on_outside, "n_regions_flagged": _n_regions(flagged)}
+    return labels, {**notes, "edits": asdict(report)}, {"edited": edited, "failure_regions": regions}
+
+
+def _as_stored(edited: Volume, segmentation: Volume) -> np.ndarray:
+    """Labels in the order of the segmentation's voxels, where an editor has saved them with axes turned or swapped."""
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(edited.image.affine), nib.io_orientation(segmentation.image.affine)
+    )
+    affine = edited.image.affine @ nib.orientations.inv_ornt_aff(turn, edited.data.shape)
+    if np.allclose(affine, segmentation.image.affine, atol=0.01):
+        return nib.orientations.apply_orientation(edited.data, turn)
+    return edited.data  # an editor that does not keep the position; its order of voxels is all there is
+
+
+def write_correction(
+    case: str,
+    folder: Path,
+    output: Path,
+    segmentation: Volume,
+    labels: np.ndarray,
+    notes: dict[str, Any],
+    sources: dict[str, Path],
+) -> dict[str, Any]:
+    """Write ``segmentation.nii.gz`` and ``correction.json`` of a corrected case.
+
+    Args:
+        case: its name.
+        folder: its folder in the predictions.
+        output: where to write.
+        segmentation: the automatic labels, (H, W, D).
+        labels: the corrected ones, uint8 (H, W, D).
+        notes: what to note of how they were made.
+        sources: files that they were made from, by what they are.
+
+    Returns:
+        The content of ``correction.json``.
+    """
+    changed = labels != segmentation.data
+    record = {
+        "case": case,
+        **notes,
+        "n_voxels_changed": int(changed.sum()),
+        "slices_changed": np.flatnonzero(changed.any(axis=(0, 1))).tolist(),
+        "sources": {
+            name: {"path": str(path.resolve()), "sha256": file_sha256(path)}
+            for name, path in {"segmentation": folder / SEGMENTATION, **sources}.items()
+        },
+        "versions": {"cardiac_qc_plugin": __version__},
+    }
+    write_like(output / SEGMENTATION, labels, segmentation)
+    write_json(output / RECORD, record)
+    return record
 
 
 def read_flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:

@@ -1,0 +1,404 @@
+"""The cases of a folder of predictions, their reviews, and what a finished review writes."""
+
+import math
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.metrics.clinical import structure_volumes
+from cardiac_qc_plugin.reports.pictures import MAP_TOP
+from cardiac_qc_plugin.review.journal import Journal
+from cardiac_qc_plugin.review.state import PAUSE, Refused, ReviewState, find_regions, voxel_counts
+from cardiac_qc_plugin.workflows.cine import named_indices
+from cardiac_qc_plugin.workflows.correct import accept_edits, write_correction
+from cardiac_qc_plugin.workflows.files import (
+    Volume,
+    case_folders,
+    file_sha256,
+    read_json,
+    read_volume,
+    write_json,
+    write_like,
+    write_rows,
+)
+from cardiac_qc_plugin.workflows.references import patient_and_phase, read_labels
+
+__all__ = ["CaseReview", "NoSuchCase", "Seat", "TakenOver"]
+
+SEGMENTATION, JOURNAL, AUDIT = "segmentation.nii.gz", "review.jsonl", "audit.json"
+PARTS = {  # of an action, that the journal keeps
+    "paint": ("slice", "label", "voxels", "shape"),
+    "decide": ("regions", "decision"),
+    "visit": ("region",),
+    "finish": ("incomplete",),
+}
+WINDOW = 0.5, 99.8  # percentiles of the scan between which the page can set its contrast window
+
+
+class NoSuchCase(LookupError):
+    """No case has this name."""
+
+
+class TakenOver(Refused):
+    """The case is open in another window."""
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class CaseReview:
+    """One case and its review, which goes on from its journal.
+
+    Args:
+        name: the case.
+        folder: its folder in the predictions.
+        output: its folder for what the review writes: ``review.jsonl`` while it goes on; when it is finished, see
+            :meth:`write_segmentation` and :meth:`Seat.write_audit`.
+
+    Raises:
+        ValueError: a file is missing or damaged, does not fit the others, or is no longer the one whose review was
+            begun; the message names it.
+    """
+
+    def __init__(self, name: str, folder: Path, output: Path) -> None:
+        self.name, self.folder, self.output = name, folder, output
+        self.segmentation = read_labels(folder / SEGMENTATION)
+        flagged = self._read("failure_regions.nii.gz")
+        self.state = ReviewState(
+            self.segmentation.data, flagged, find_regions(flagged, self._read("failure_probability.nii.gz"))
+        )
+        self.session: str | None = None
+        self.journal = Journal(output / JOURNAL)
+        begun = self._begin()
+        if self.journal.events and self.journal.events[0].get("sources") != begun["sources"]:
+            raise ValueError(
+                f"{self.journal.path}: this review was begun on other predictions of {name}. "
+                "Review these in another output folder, or move the file away to begin again."
+            )
+        for line, event in enumerate(self.journal.events[1:], start=2):
+            try:
+                if event["action"] not in ("open", "close"):
+                    self.state.check(event)
+                self.state.apply(event)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.journal.path}, line {line}: no action of a review ({error}).") from error
+
+    def _read(self, name: str) -> np.ndarray:
+        array = read_volume(self.folder / name).data
+        if array.shape != self.segmentation.data.shape:
+            raise ValueError(
+                f"{self.folder / name}: shape {array.shape}, but the segmentation has {self.segmentation.data.shape}. "
+                "Run the case again."
+            )
+        return array
+
+    def _begin(self) -> dict[str, Any]:
+        files = (SEGMENTATION, "failure_regions.nii.gz")
+        return {"action": "begin", "time": now(), "sources": {name: file_sha256(self.folder / name) for name in files}}
+
+    # what the page shows
+
+    @cached_property
+    def qc(self) -> dict[str, Any]:
+        return read_json(self.folder / "qc.json")
+
+    def volume(self, name: str) -> bytes:
+        """Voxels of a volume in the order of a NIfTI file: the first axis fastest.
+
+        Args:
+            name: ``image`` (uint16, the contrast window stretched to its range), ``uncertainty`` (uint8, 255 where
+                the map reaches its display maximum), ``automatic`` (uint8 labels) or ``regions`` (uint16 numbers).
+        """
+        if name == "image":
+            scan = self._scan().data
+            low, high = np.percentile(scan, WINDOW)
+            array = (np.clip((scan - low) / max(high - low, 1e-9), 0, 1) * 65535).astype("<u2")
+        elif name == "uncertainty":
+            array = (np.clip(self._uncertainty() / MAP_TOP, 0, 1) * 255).astype(np.uint8)
+        else:
+            array = self.state.automatic if name == "automatic" else self.state.flagged.astype("<u2")
+        return array.tobytes(order="F")
+
+    def _uncertainty(self) -> np.ndarray:
+        return self._read(MAP_FILES[self.qc["detection"]["map"]])
+
+    def _scan(self) -> Volume:
+        """The scan that was segmented: a phase of a cine lies in the case's folder, else where ``qc.json`` says."""
+        own, source = self.folder / "image.nii.gz", self.qc["input"]
+        path = own if source["frame"] is not None else Path(source["path"])
+        scan = read_volume(path)
+        if path != own and file_sha256(path) != source["sha256"]:
+            raise ValueError(f"{path}: not the scan that was segmented, it has changed since. Run the case again.")
+        if scan.data.shape != self.segmentation.data.shape:
+            raise ValueError(f"{path}: shape {scan.data.shape}, the segmentation {self.segmentation.data.shape}.")
+        return scan
+
+    def describe(self) -> dict[str, Any]:
+        """What does not change while the case is reviewed."""
+        self._scan(), self._uncertainty()  # what cannot be shown is told before the case opens
+        return {
+            "case": self.name,
+            "shape": self.segmentation.data.shape,
+            "spacing": self.segmentation.spacing,
+            # as the pictures of the report have it
+            "mirrored": [code in ("R", "A", "S") for code in nib.aff2axcodes(self.segmentation.image.affine)[:2]],
+            "map": self.qc["detection"]["map"],
+        }
+
+    def current(self) -> dict[str, Any]:
+        """The state as the page shows it; labels of all flagged voxels, in the order of a NIfTI file, as digits."""
+        state = self.state
+        decisions, changed = state.decisions, state.changed
+        return {
+            "regions": [
+                {**asdict(region), "decision": decisions.get(number), "changed": number in changed}
+                for number, region in sorted(state.regions.items())
+            ],
+            "position": state.position,
+            "labels": "".join(map(str, state.labels[state.voxels].tolist())),
+            "can_undo": bool(state.done),
+            "can_redo": bool(state.undone),
+            "finished": state.finished,
+            "seconds": round(state.seconds, 1),
+            "volume_ml": {"before": self._volumes(state.automatic), "after": self._volumes(state.labels)},
+        }
+
+    def _volumes(self, labels: np.ndarray) -> dict[str, float]:
+        return structure_volumes(labels, self.segmentation.spacing)
+
+    # what the page does
+
+    def open(self, reviewer: str, take_over: bool = False, previous: str | None = None) -> str:
+        """Begin a session, and return its id; only the last one may act.
+
+        Args:
+            reviewer: who reviews, as given.
+            take_over: end the session of another window.
+            previous: id of the session that this window had before; that one is simply followed.
+
+        Raises:
+            TakenOver: another window has the case open.
+            Refused: no reviewer is given.
+        """
+        if not isinstance(reviewer, str) or not reviewer.strip():
+            raise Refused("Say who reviews.")
+        if self.session is not None and previous != self.session and not take_over:
+            last = self.state.last.isoformat(timespec="seconds") if self.state.last else "just now"
+            raise TakenOver(
+                f"{self.name} is open in another window ({self.state.reviewer}, last active {last}). "
+                "If you take it over, that window can no longer save."
+            )
+        if not self.journal.events:
+            self.journal.append(self._begin())
+        self._record({"action": "open", "reviewer": reviewer.strip()[:200], "take_over": bool(take_over)})
+        self.session = secrets.token_urlsafe(12)
+        return self.session
+
+    def close(self, session: str) -> None:
+        """End a session, if it still is the one."""
+        if session == self.session:
+            self._record({"action": "close"})
+            self.session = None
+
+    def act(self, session: str, action: dict[str, Any]) -> None:
+        """Do an action, and save it before this returns; an id that was done already is not done again.
+
+        Raises:
+            TakenOver: another window has taken the case over.
+            Refused: the action breaks a rule; nothing was done.
+            OutputError: it could not be saved; nothing was done.
+        """
+        if self.session is None or session != self.session:
+            raise TakenOver(f"{self.name} was taken over by another window: nothing more is saved from this one.")
+        if not isinstance(action.get("id"), str):
+            raise Refused("Every action has an id, a string.")
+        if action["id"] in self.state.applied:
+            return
+        self.state.check(action)
+        event = {key: action[key] for key in ("id", "action", *PARTS.get(action["action"], ())) if key in action}
+        if action["action"] == "finish":
+            self.write_segmentation()
+        self._record(event)
+
+    def _record(self, event: dict[str, Any]) -> None:
+        event = {"time": now(), **event}
+        self.journal.append(event)
+        self.state.apply(event)
+
+    def write_segmentation(self) -> None:
+        """Write ``edited.nii.gz``, and what ``correct --edited`` makes of it: by the same rule, the same files."""
+        edited = self.output / "edited.nii.gz"
+        write_like(edited, self.state.labels, self.segmentation)
+        labels, notes, sources = accept_edits(edited, self.folder, self.segmentation)
+        notes |= {"reviewer": self.state.reviewer, "seconds": round(self.state.seconds, 1)}
+        write_correction(self.name, self.folder, self.output, self.segmentation, labels, notes, sources)
+
+    def audit(self) -> dict[str, Any]:
+        """Who did what, when, for how long, and what it changed."""
+        state, decisions = self.state, self.state.decisions
+        regions = [
+            {
+                **asdict(region),
+                "decision": decisions.get(number, "not decided"),
+                "seconds": round(state.region_seconds[number], 1),
+                **voxel_counts(*(labels[state.flagged == number] for labels in (state.automatic, state.labels))),
+            }
+            for number, region in sorted(state.regions.items())
+        ]
+        return {
+            "case": self.name,
+            "reviewers": list(dict.fromkeys(row["reviewer"] for row in state.trail)),
+            "started_utc": state.started,
+            "finished_utc": state.finished,
+            "seconds": round(state.seconds, 1),
+            "seconds_rule": f"time between two signs of activity, unless longer than {PAUSE:g} s",
+            **voxel_counts(state.automatic, state.labels),
+            "regions": regions,
+            "volume_ml": self.current()["volume_ml"],
+            "actions": state.trail,
+        }
+
+
+class Seat:
+    """All cases of a folder of predictions.
+
+    Args:
+        predictions: output folder of ``run``.
+        output: where the reviews go, outside `predictions`.
+
+    Raises:
+        ValueError: there is no case with flagged regions, or the output lies in the predictions.
+    """
+
+    def __init__(self, predictions: str | Path, output: str | Path) -> None:
+        self.predictions, self.output = Path(predictions).resolve(), Path(output).resolve()
+        if self.output.is_relative_to(self.predictions):
+            raise ValueError(f"{output} is in the predictions {predictions}: write the review somewhere else.")
+        folders = {path.relative_to(self.predictions).as_posix(): path for path in case_folders(self.predictions)}
+        if "." in folders:
+            raise ValueError(f"{predictions} is the folder of one case: give the one above it.")
+        self.folders = dict(sorted(folders.items(), key=lambda item: -_urgency(item[1])))
+        self.reviews: dict[str, CaseReview] = {}
+
+    def review(self, name: Any) -> CaseReview:
+        """The review of a case, by the name that the list has; no other path is ever read.
+
+        Raises:
+            NoSuchCase: there is none.
+            ValueError: its files are missing, damaged, or do not fit.
+        """
+        if not isinstance(name, str) or name not in self.folders:
+            raise NoSuchCase(name)
+        if name not in self.reviews:
+            review = self.reviews[name] = CaseReview(name, self.folders[name], self.output / name)
+            audit, finished = review.output / AUDIT, review.state.finished
+            if finished and not (audit.is_file() and read_json(audit)["finished_utc"] == finished):
+                self.write_audit(review)  # the server was killed just after the case was finished
+        return self.reviews[name]
+
+    def worklist(self) -> Iterator[dict[str, Any]]:
+        """A line for each case, the most urgent first: flagged and decided regions, state, time."""
+        for name, folder in self.folders.items():
+            row = {"case": name}
+            try:
+                row |= self._begun(name) if (self.output / name / JOURNAL).is_file() else _not_begun(folder)
+            except ValueError as error:
+                row |= {"status": "broken", "message": str(error)}
+            yield row
+
+    def _begun(self, name: str) -> dict[str, Any]:
+        review = self.review(name)
+        state = review.state
+        return {
+            "status": "finished" if state.finished else "in progress",
+            "regions": len(state.regions),
+            "decided": len(state.decisions),
+            "seconds": round(state.seconds, 1),
+            "reviewer": state.reviewer,
+            "is_open": review.session is not None,
+        }
+
+    def act(self, name: str, session: str, action: dict[str, Any]) -> dict[str, Any]:
+        """Do an action on a case, and return its state; finishing also writes the audit trail and the indices."""
+        review = self.review(name)
+        review.act(session, action)
+        if action["action"] == "finish":
+            return {**review.current(), "indices": self.write_audit(review)}
+        return review.current()
+
+    def write_audit(self, review: CaseReview) -> dict[str, Any]:
+        """Write ``audit.json`` and ``audit.csv`` of a finished case; returns its clinical indices."""
+        audit = {**review.audit(), "indices": self.indices(review)}
+        write_rows(review.output / "audit.csv", audit["actions"])
+        write_json(review.output / AUDIT, audit)
+        return audit["indices"]
+
+    def indices(self, review: CaseReview) -> dict[str, Any]:
+        """Clinical indices before and after, where the patient's other phase is among the cases; else none.
+
+        Of the other phase the reviewed segmentation counts once its own review is finished.
+        """
+        phases = self._phases(review)
+        if phases is None:
+            return {"missing": "the patient's other phase is not among the cases, or end-diastole is not known"}
+        both = {phase: self.review(name) for phase, name in phases.items()}
+        done = {phase: one is review or bool(one.state.finished) for phase, one in both.items()}
+        before = {phase: one._volumes(one.state.automatic) for phase, one in both.items()}
+        after = {phase: one._volumes(one.state.labels) if done[phase] else before[phase] for phase, one in both.items()}
+        return {
+            "cases": phases,
+            "reviewed": done,
+            "before": _numbers(named_indices(before["ED"], before["ES"], None)),
+            "after": _numbers(named_indices(after["ED"], after["ES"], None)),
+        }
+
+    def _phases(self, review: CaseReview) -> dict[str, str] | None:
+        """Names of the end-diastolic and end-systolic case of a patient."""
+        cine = review.folder.parent / "cine.json"
+        if "/phase" in review.name and cine.is_file():
+            record, heart = read_json(cine), review.name.rpartition("/")[0]
+            numbers = {phase: record[f"{phase.lower()}_phase"] for phase in ("ED", "ES")}
+            found = {phase: f"{heart}/phase{number:02d}" for phase, number in numbers.items() if number is not None}
+            known = len(found) == 2 and review.name in found.values() and set(found.values()) <= set(self.folders)
+            return found if known else None
+        patient, _ = _patient_and_phase(review)
+        found = {}
+        for name in self.folders:
+            if name.startswith(patient):
+                other, phase = _patient_and_phase(self.review(name))
+                found |= {phase: name} if other == patient else {}
+        return {phase: found[phase] for phase in ("ED", "ES")} if {"ED", "ES"} <= set(found) else None
+
+
+def _not_begun(folder: Path) -> dict[str, Any]:
+    """A case's line in the worklist before its review has begun."""
+    qc = read_json(folder / "qc.json")
+    if "regions" not in qc.get("detection", {}):
+        raise ValueError(f"{folder / 'qc.json'}: no failure detection in it. Give the output folder of 'run'.")
+    return {"status": "open", "regions": len(qc["detection"]["regions"]), "decided": 0, "seconds": 0.0}
+
+
+def _patient_and_phase(review: CaseReview) -> tuple[str, str]:
+    return patient_and_phase(review.name, Path(review.qc["input"]["path"]))
+
+
+def _numbers(indices: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else round(value, 2) for name, value in indices.items()}
+
+
+def _urgency(folder: Path) -> float:
+    """Urgency of a case, from ``qc.json``; a case without comes last."""
+    try:
+        return float(read_json(folder / "qc.json")["scores"]["urgency"])
+    except (ValueError, KeyError, TypeError):
+        return -math.inf

@@ -1,0 +1,83 @@
+// Requests to the server. Actions go one after another, and are sent again until the server has answered.
+
+export class Problem extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status; // 0: no answer
+  }
+}
+
+async function request(path, options) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new Problem(0, "The server does not answer.");
+  }
+  if (!response.ok) {
+    const body = await response.json().catch(() => ({}));
+    throw new Problem(response.status, body.error ?? `The server answered ${response.status}.`);
+  }
+  return response;
+}
+
+export const get = async (path) => (await request(path)).json();
+
+export const getVoxels = async (path, Type) => new Type(await (await request(path)).arrayBuffer());
+
+export const post = async (path, body, keepalive = false) =>
+  (await request(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    keepalive,
+  })).json();
+
+const newId = () => Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
+
+// The actions of one session on one case.
+export class ActionQueue {
+  constructor(caseName, session, { onState, onStatus, onProblem }) {
+    Object.assign(this, { caseName, session, onState, onStatus, onProblem });
+    this.waiting = [];
+    this.running = false;
+    this.ended = false;
+  }
+
+  send(action) {
+    if (this.ended) return;
+    this.waiting.push({ id: newId(), ...action });
+    this.onStatus("saving");
+    this.run();
+  }
+
+  async run() {
+    if (this.running) return;
+    this.running = true;
+    while (this.waiting.length && !this.ended) {
+      try {
+        const action = this.waiting[0];
+        const state = await post("api/act", { case: this.caseName, session: this.session, action });
+        this.waiting.shift();
+        this.onStatus(this.waiting.length ? "saving" : "saved");
+        this.onState(state, this.waiting.length === 0, action);
+      } catch (problem) {
+        if (problem.status === 0 || problem.status >= 500) {
+          this.onStatus("unsaved", problem.message);
+          await new Promise((resolve) => setTimeout(resolve, 1000));
+        } else {
+          const lost = this.waiting.length;
+          this.waiting = [];
+          this.onStatus("saved");
+          this.onProblem(problem, lost);
+        }
+      }
+    }
+    this.running = false;
+  }
+
+  end() {
+    this.ended = true;
+    post("api/close", { case: this.caseName, session: this.session }, true).catch(() => {});
+  }
+}
