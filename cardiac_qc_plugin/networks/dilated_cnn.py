@@ -69,4 +69,8 @@ class DilatedCNN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         p = self.padding
-        return self.layers(F.pad(x, (p, p, p, p)))
+        return self.valid(F.pad(x, (p, p, p, p)))
+
+    def valid(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of an image without its outer ``padding`` pixels."""
+        return self.layers(x)
