@@ -67,6 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--region", default="whole", choices=["heart", "whole"])
     parser.add_argument("--quick", action="store_true", help="fewer and smaller runs")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--cpu_time", action="store_true", help="CPU time of one thread, for a machine in use")
     parser.add_argument(
         "--once", nargs=4, type=int, metavar=tuple(name.upper() for name in BASE), help=argparse.SUPPRESS
     )

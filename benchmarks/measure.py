@@ -19,7 +19,6 @@ from cardiac_qc_plugin.checkpoints import load_weights
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom
 from cardiac_qc_plugin.sampling import reduced_precision
 
-
 Clock = Callable[[], float]
 
 
