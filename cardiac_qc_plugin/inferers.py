@@ -91,7 +91,7 @@ class MCDropoutSliceInferer(Inferer):
         samples: int = 10,
         prediction: str = "mean",
         region: str = "whole",
-        margin: int = 8,
+        margin: int = 16,
         sw_batch_size: int | None = None,
         seed: int = 0,
         amp: bool = True,

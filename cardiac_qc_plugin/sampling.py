@@ -94,8 +94,9 @@ class _Pass:
     def mask(self, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
         """0 and 1 for the channels (or the values, for ``nn.Dropout``) of each image, as torch draws them."""
         self.masked = True
-        shape = (1, x.shape[1], 1, 1) if isinstance(dropout, nn.Dropout2d) else (1, *x.shape[1:])
-        draws = [torch.empty(shape, dtype=x.dtype).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
+        like = x[:1, :, :1, :1] if isinstance(dropout, nn.Dropout2d) else x[:1]
+        like = torch.empty_like(like, device="cpu")
+        draws = [torch.empty_like(like).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
         return torch.cat(draws).to(x.device)
 
     def before_mask(self, layers: Callable[[torch.Tensor], torch.Tensor], key: nn.Module, x: torch.Tensor):

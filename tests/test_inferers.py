@@ -61,7 +61,8 @@ def drawn_by_hand(slices: torch.Tensor, network: nn.Module, samples: int, seed: 
         for z in range(len(slices)):
             for t in range(samples):
                 torch.manual_seed(sample_seed(seed, z, t))
-                drawn[t, z] = softmax(network(slices[z : z + 1]))[0]
+                image = slices[z : z + 1].contiguous(memory_format=torch.channels_last)
+                drawn[t, z] = softmax(network(image))[0]
     network.eval()
     return drawn
 
@@ -116,8 +117,8 @@ def test_element_wise_dropout_and_dropout_of_another_kind():
 
     for dropout in (nn.Dropout(0.4), MyDropout(0.4)):
         torch.manual_seed(2)
-        network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), dropout, nn.Conv2d(4, 4, 1))
-        slices = stack(2, 1, 9, 11)
+        network = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), dropout, nn.Conv2d(4, 4, 1))
+        slices = stack(2, 2, 9, 11)
         expected, result = by_hand(slices, network, samples=3), split(infer(slices, network, samples=3))
         assert expected["bmap"].max() > 0.02
         np.testing.assert_allclose(result["bmap"], expected["bmap"], atol=2e-6)
