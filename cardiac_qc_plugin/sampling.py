@@ -155,7 +155,7 @@ class _Convolution(nn.Module):
         self.state = state
         self.scale: _Scale | None = None
         self.onednn = (
-            self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+            convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
         )
         self.packed = None
 
@@ -163,7 +163,7 @@ class _Convolution(nn.Module):
         x = x.to(self.weight.dtype)
         weight, bias = self.weight, self.bias
         if self.scale is not None:
-            if x.shape[0] == 1 and weight.numel() < x.numel() and self.scale.can_be_folded(self.geometry[0]):
+            if x.shape[0] == 1 and weight.numel() < x.numel() and self.scale.can_be_folded(self.geometry):
                 weight, bias = self.scale.fold(x, weight, bias)
             else:
                 x = self.scale(x)
@@ -205,8 +205,9 @@ class _Scale(nn.Module):
             self.factor = (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach().view(1, -1, 1, 1)
             self.shift = (norm.bias.detach() - norm.running_mean * self.factor.flatten()).view(1, -1, 1, 1)
 
-    def can_be_folded(self, padding: tuple[int, ...]) -> bool:
-        return isinstance(self.dropout, nn.Dropout2d) and (self.shift is None or not any(padding))
+    def can_be_folded(self, geometry: tuple) -> bool:
+        padding, _, _, groups = geometry
+        return isinstance(self.dropout, nn.Dropout2d) and groups == 1 and (self.shift is None or not any(padding))
 
     def terms(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Factor and shift (B, C, 1, 1); None where they would change nothing."""
@@ -291,6 +292,11 @@ class _Layers(nn.Sequential):
         return x
 
 
+def _pads_otherwise(module: nn.Module) -> bool:
+    """Whether it is a convolution that does not pad by a number of zeros: it stays as it is."""
+    return isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str))
+
+
 def _drops(layer: nn.Module) -> bool:
     """Whether a layer applies a mask, itself or inside."""
     return any(isinstance(m, _Scale) or isinstance(m, _InstanceNorm) and m.dropout is not None for m in layer.modules())
@@ -314,7 +320,7 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
     queue = _flat(modules)
 
     def take(*types: type) -> nn.Module | None:
-        return queue.pop(0) if queue and type(queue[0]) in types else None
+        return queue.pop(0) if queue and type(queue[0]) in types and not _pads_otherwise(queue[0]) else None
 
     def fresh() -> bool:
         """Whether what comes next may be changed in place: nobody else has it."""
@@ -346,6 +352,8 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
 
 def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
     """Replace, in a module and below, sequences, single convolutions and dropout."""
+    if _pads_otherwise(module):
+        return module
     if type(module).forward is nn.Sequential.forward or type(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
         return _fuse_sequence([module], state, dtype)
     for name, child in module.named_children():

@@ -131,7 +131,15 @@ class AroundDropout(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.LeakyReLU(0.2), nn.Dropout2d(0.5))
         self.dropout = nn.Dropout2d(0.5)
-        self.last = nn.Sequential(nn.Dropout2d(0.5), nn.BatchNorm2d(4), nn.Dropout2d(0.5), nn.Conv2d(4, 4, 1))
+        self.last = nn.Sequential(
+            nn.Dropout2d(0.5),
+            nn.BatchNorm2d(4),
+            nn.Dropout2d(0.5),
+            nn.Conv2d(4, 4, 1, groups=2),
+            nn.Conv2d(4, 4, 3, padding="same"),
+            nn.Dropout2d(0.5),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.inner(x) + x
