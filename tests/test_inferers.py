@@ -9,14 +9,17 @@ from monai.transforms import Compose, Invertd
 from scipy.stats import entropy
 from torch import nn
 
+from cardiac_qc_plugin import inferers
+from cardiac_qc_plugin import sampling as sampling_module
 from cardiac_qc_plugin.inferers import (
     AutocastInferer,
     EnsembleSliceInferer,
     FailureRegionInferer,
     MCDropoutSliceInferer,
-    reduced_precision,
+    heart_window,
 )
 from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
+from cardiac_qc_plugin.sampling import reduced_precision, sample_seed
 from cardiac_qc_plugin.transforms import InPlaneSpacingd, SplitUncertaintyd
 
 CPU = torch.device("cpu")
@@ -53,20 +56,28 @@ def softmax(logits: torch.Tensor) -> np.ndarray:
     return value / value.sum(axis=1, keepdims=True)
 
 
-def by_hand(slices: torch.Tensor, network: nn.Module, samples: int, chunk: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """All samples in memory, then numpy: for each batch of slices T passes with only dropout in training mode."""
-    torch.manual_seed(seed)
-    stacks, sure = [], []
-    with torch.no_grad():
-        for part in slices.split(chunk):
-            network.eval()
-            sure.append(softmax(network(part)))
-            for module in network.modules():
-                if isinstance(module, nn.Dropout | nn.Dropout2d):
-                    module.train()
-            stacks.append(np.stack([softmax(network(part)) for _ in range(samples)]))
+def drawn_by_hand(slices: torch.Tensor, network: nn.Module, samples: int, seed: int = 0) -> np.ndarray:
+    """(T, D, K, H, W): each sample of each slice is a pass of the network itself, its dropout in training mode."""
+    drawn = np.empty((samples, len(slices), 4, *slices.shape[2:]))
     network.eval()
-    drawn, deterministic = np.concatenate(stacks, axis=1), np.concatenate(sure)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.train()
+    with torch.no_grad():
+        for z in range(len(slices)):
+            for t in range(samples):
+                torch.manual_seed(sample_seed(seed, z, t))
+                image = slices[z : z + 1].contiguous(memory_format=torch.channels_last)
+                drawn[t, z] = softmax(network(image))[0]
+    network.eval()
+    return drawn
+
+
+def by_hand(slices: torch.Tensor, network: nn.Module, samples: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """All samples in memory, then numpy."""
+    drawn = drawn_by_hand(slices, network, samples, seed)
+    with torch.no_grad():
+        deterministic = softmax(network.eval()(slices))
     most = drawn.argmax(axis=2)
     return {
         "probabilities": np.moveaxis(drawn.mean(axis=0), 1, 0),
@@ -80,14 +91,89 @@ def by_hand(slices: torch.Tensor, network: nn.Module, samples: int, chunk: int, 
 # The maps
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7])
-def test_maps_equal_those_of_stored_samples(chunk):
-    network, slices = small_network(), stack(5, 1, 12, 9)
-    expected = by_hand(slices, network, samples=6, chunk=chunk, seed=3)
-    result = split(infer(slices, network, samples=6, sw_batch_size=chunk, seed=3))
-    assert expected["bmap"].max() > 0.1  # otherwise nothing was sampled
-    for name, value in result.items():
-        np.testing.assert_allclose(value, expected[name], atol=2e-6, err_msg=name)
+NETWORKS = {
+    "dn": lambda **k: DilatedCNN(features=(4, 4), dilations=(1, 1), **k),
+    "drn": DilatedResNet22,
+    "unet": lambda **k: BayesianUNet(features=(4, 4, 4), **k),
+    "detector": lambda **k: FailureResNet(in_channels=1, **k),
+}
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("chunk", [1, 2, 7, None])
+@pytest.mark.parametrize("name", ["small", "dn", "drn", "unet"])
+def test_maps_equal_those_of_stored_samples(name, chunk, onednn):
+    """Fused, folded, in any batch: the textbook's maps, from the same masks."""
+    torch.manual_seed(1)
+    network = small_network() if name == "small" else NETWORKS[name](dropout=0.3)
+    slices = stack(3, 1, 32, 41)
+    expected = by_hand(slices, network, samples=4, seed=3)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        result = split(infer(slices, network, samples=4, sw_batch_size=chunk, seed=3))
+    assert expected["bmap"].max() > 0.05  # otherwise nothing was sampled
+    for key, value in result.items():
+        np.testing.assert_allclose(value, expected[key], atol=2e-5, err_msg=key)
+
+
+def test_element_wise_dropout_and_dropout_of_another_kind():
+    """The first is replaced, the second keeps its own forward pass."""
+
+    class MyDropout(nn.Dropout2d):
+        pass
+
+    for dropout in (nn.Dropout(0.4), MyDropout(0.4)):
+        torch.manual_seed(2)
+        network = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), dropout, nn.Conv2d(4, 4, 1))
+        slices = stack(2, 2, 9, 11)
+        expected, result = by_hand(slices, network, samples=3), split(infer(slices, network, samples=3))
+        assert expected["bmap"].max() > 0.02
+        np.testing.assert_allclose(result["bmap"], expected["bmap"], atol=2e-6)
+
+
+class AroundDropout(nn.Module):
+    """Paths that pass the first dropout by, and a dropout whose input somebody else has as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.LeakyReLU(0.2), nn.Dropout2d(0.5))
+        self.dropout = nn.Dropout2d(0.5)
+        self.last = nn.Sequential(
+            nn.Dropout2d(0.5),
+            nn.BatchNorm2d(4),
+            nn.Dropout2d(0.5),
+            nn.Conv2d(4, 4, 1, groups=2),
+            nn.Conv2d(4, 4, 3, padding="same"),
+            nn.Dropout2d(0.5),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x) + x
+        y = y + self.dropout(y) + self.inner(x)  # the second time it is behind a dropout
+        return self.last(y) + y
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_other_ways_through_a_network(chunk):
+    torch.manual_seed(3)
+    network, slices = AroundDropout(), stack(2, 1, 7, 8)
+    expected, result = by_hand(slices, network, samples=4), split(infer(slices, network, sw_batch_size=chunk))
+    for key, value in result.items():
+        np.testing.assert_allclose(value, expected[key], atol=2e-6, err_msg=key)
+
+
+def test_layers_before_the_first_dropout_run_once_for_each_slice(monkeypatch):
+    seen = []
+    plain = torch.ops.mkldnn._convolution_pointwise
+
+    def counting(x, *args):
+        seen.extend([x.shape[1]] * x.shape[0])
+        return plain(x, *args)
+
+    monkeypatch.setattr(sampling_module, "convolution_pointwise", counting)
+    infer(stack(3, 1, 16, 16), samples=5, sw_batch_size=2)
+    assert seen.count(1) == 3 + 3  # of one channel, the first: without dropout, and for the samples
+    assert seen.count(6) == 3 * (1 + 5) * 2
 
 
 def test_members_of_an_ensemble_take_the_place_of_samples(tmp_path):
@@ -121,7 +207,7 @@ def test_members_of_an_ensemble_take_the_place_of_samples(tmp_path):
 def test_deterministic_prediction_has_the_same_maps():
     network, slices = small_network(), stack(3, 1, 8, 8)
     mean, sure = split(infer(slices, network)), split(infer(slices, network, prediction="deterministic"))
-    expected = by_hand(slices, network, samples=4, chunk=4)["deterministic"]
+    expected = by_hand(slices, network, samples=4)["deterministic"]
     np.testing.assert_allclose(sure["probabilities"], expected, atol=2e-6)
     assert np.abs(mean["probabilities"] - sure["probabilities"]).max() > 0.01
     for name in ("bmap", "emap", "votes"):
@@ -138,14 +224,14 @@ def test_probabilities_and_votes_sum_to_1():
 
 
 def test_stack_equals_its_slices():
-    """(B, C, H, W, D) is the same as its B * D slices, image after image."""
+    """Each stack of (B, C, H, W, D) is the same as alone, and as its slices (D, C, H, W)."""
     network, volume = small_network(), stack(2, 1, 7, 10, 3)
-    slices = torch.stack([volume[b, :, :, :, k] for b in range(2) for k in range(3)])
-    flat, whole = infer(slices, network), infer(volume, network)
+    whole = infer(volume, network)
     assert whole.shape == (2, 10, 7, 10, 3)
     for b in range(2):
-        for k in range(3):
-            assert torch.equal(whole[b, ..., k], flat[3 * b + k])
+        torch.testing.assert_close(infer(volume[b : b + 1], network)[0], whole[b], rtol=0, atol=1e-6)
+        flat = infer(volume[b].movedim(-1, 0), network)
+        torch.testing.assert_close(flat.movedim(0, -1), whole[b], rtol=0, atol=1e-6)
 
 
 def test_number_of_classes_is_the_networks():
@@ -160,7 +246,7 @@ def test_several_input_channels():
 def test_one_sample():
     network, slices = small_network(), stack(2, 1, 8, 8)
     result = split(infer(slices, network, samples=1))
-    expected = by_hand(slices, network, samples=1, chunk=4)
+    expected = by_hand(slices, network, samples=1)
     np.testing.assert_allclose(result["probabilities"], expected["probabilities"], atol=2e-6)
     np.testing.assert_array_equal(result["votes"], expected["votes"])
     np.testing.assert_array_equal(result["bmap"], 0)
@@ -186,7 +272,8 @@ def test_no_amp_is_exact():
     with torch.no_grad():
         expected = network(slices.contiguous(memory_format=torch.channels_last)).softmax(dim=1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(infer(slices, network, samples=0)[:, :4], expected)
+        result = infer(slices, network, samples=0)[:, :4]
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
 def test_amp_stays_close():
@@ -238,7 +325,108 @@ def test_samples_and_slices_differ():
     assert not torch.allclose(bmap[..., 1], bmap[..., 2])
 
 
+@pytest.mark.parametrize("name", ["drn", "unet"])
+def test_masks_do_not_depend_on_batch_or_number_of_samples(name):
+    """The first samples of many are the samples of few, and a stack's first slices are those of a shorter stack."""
+    torch.manual_seed(4)
+    network, volume = NETWORKS[name](), stack(1, 1, 32, 32, 5)
+    few = infer(volume[..., :2], network, samples=2, sw_batch_size=1)
+    inferer = MCDropoutSliceInferer(samples=6, sw_batch_size=4, amp=False)
+    inferer(volume, network)
+    areas = inferer.sample_areas
+    inferer = MCDropoutSliceInferer(samples=2, amp=False)
+    torch.testing.assert_close(inferer(volume, network)[..., :2], few, rtol=0, atol=1e-5)
+    assert (areas[:, :2] - inferer.sample_areas).abs().max() <= 1  # a pixel between two classes
+
+
+# The region
+
+
+def wide_network(name: str) -> nn.Module:
+    """With a receptive field that ends inside the images of these tests, and more than background in its output."""
+    torch.manual_seed(6)
+    if name == "dn":
+        return DilatedCNN(features=(6, 6), dilations=(1, 2), classifier_features=8, dropout=0.3).eval()
+    return NETWORKS[name](dropout=0.3).eval()
+
+
+@pytest.fixture
+def window(monkeypatch):
+    chosen = (slice(16, 48), slice(32, 80))
+    monkeypatch.setattr(inferers, "heart_window", lambda probabilities, margin: chosen)
+    return chosen
+
+
+@pytest.mark.parametrize("form", ["eager", "scripted"])
+def test_region_of_a_network_with_valid_convolutions_is_exact(form, window):
+    network, volume = wide_network("dn"), stack(1, 1, 64, 96, 2)
+    whole = infer(volume, network)
+    network = torch.jit.script(network) if form == "scripted" else network
+    part = infer(volume, network, region="heart")
+    inside = (..., *window, slice(None))
+    torch.testing.assert_close(part[inside], whole[inside], rtol=0, atol=2e-6)
+    assert whole[inside][:, 4].max() > 0.05
+
+
+def test_region_is_close_to_the_whole_field(monkeypatch):
+    """Closer than a region by itself, whose border and instance normalization are others."""
+    window = rows, cols = slice(32, 96), slice(32, 96)
+    monkeypatch.setattr(inferers, "heart_window", lambda probabilities, margin: window)
+    torch.manual_seed(0)
+    network, volume = BayesianUNet(features=(8, 16, 32)), stack(1, 1, 128, 144, 1)
+    volume[:, :, rows, cols] *= 0.2
+    whole, part = (infer(volume, network, region=region, samples=8)[0] for region in ("whole", "heart"))
+    alone, whole, part = (
+        infer(volume[:, :, rows, cols], network, samples=8)[0],
+        whole[:, rows, cols],
+        part[:, rows, cols],
+    )
+    for channels in (slice(0, 4), slice(4, 5)):
+        error = (part[channels] - whole[channels]).abs().mean()
+        assert error < 0.5 * (alone[channels] - whole[channels]).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_outside_the_region_is_the_pass_without_dropout(name, window):
+    network, volume = wide_network(name), stack(1, 1, 64, 96, 2)
+    inferer = MCDropoutSliceInferer(samples=3, region="heart", amp=False)
+    result = inferer(volume, network)
+    sure = infer(volume, network, samples=0)
+    outside = torch.ones(64, 96, dtype=torch.bool)
+    outside[window] = False
+    for channels in (slice(0, 4), slice(4, 5), slice(6, 10)):
+        assert torch.equal(result[0, channels, outside], sure[0, channels, outside])
+    torch.testing.assert_close(result[:, 5], sure[:, 5])
+    assert result[0, 4][window].max() > 0.01
+    areas = inferer.sample_areas
+    assert (areas.sum(dim=2) == 64 * 96).all()
+    torch.testing.assert_close(areas.sum(dim=1).float() / 3, result[0, 6:].sum(dim=(1, 2)).T, rtol=0, atol=0.1)
+
+
+def test_window_around_the_heart():
+    probabilities = torch.zeros(3, 4, 100, 120)
+    probabilities[:, 0] = 1
+    assert heart_window(probabilities, 8) == (slice(0, 100), slice(0, 120))  # nothing found: the whole field
+    probabilities[1, 0, 40:60, 50:75] = 0.5
+    probabilities[0, 0, 2:4, 3:5] = 0.5  # too small to be the heart
+    assert heart_window(probabilities, 0) == (slice(32, 64), slice(48, 80))
+    assert heart_window(probabilities, 9) == (slice(16, 80), slice(32, 96))
+    assert heart_window(probabilities, 45) == (slice(0, 100), slice(0, 120))
+    probabilities[2, 0, 90:98, 50:60] = 0.5  # large enough to be part of it
+    assert heart_window(probabilities, 0) == (slice(32, 100), slice(48, 80))
+
+
 # The network is left as it was found
+
+
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_samples_do_not_copy_the_weights(name):
+    """But for convolutions with batch normalization, whose weights are others."""
+    network = NETWORKS[name]()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    fused = sampling_module.FusedNetwork(network.train(), amp=False)
+    assert network.training and all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert not any(module.training for module in fused.network.modules() if isinstance(module, nn.BatchNorm2d))
 
 
 class Failing(nn.Module):
@@ -277,9 +465,9 @@ def test_network_is_unchanged(mode, passes):
     rng = torch.get_rng_state()
     if passes < 100:
         with pytest.raises(RuntimeError, match="out of memory"):
-            infer(volume, network)
+            infer(volume, network, sw_batch_size=1)
     else:
-        infer(volume, network)
+        infer(volume, network, sw_batch_size=1)
     assert torch.equal(torch.get_rng_state(), rng)
     after, values = snapshot(network)
     assert after == flags
@@ -313,7 +501,7 @@ def test_input_is_unchanged():
 
 
 def peak_of_alive_tensors(samples: int) -> int:
-    """Largest number of tensors of one sample's shape that were alive at any pass."""
+    """Most values in tensors that were alive at any pass."""
     peak = 0
 
     class Counting(nn.Module):
@@ -323,27 +511,33 @@ def peak_of_alive_tensors(samples: int) -> int:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             nonlocal peak
-            alive = sum(type(o) is torch.Tensor and o.shape == (2, 4, 5, 7) for o in gc.get_objects())
-            peak = max(peak, alive)
+            alive = {
+                o.data_ptr(): o.numel()
+                for o in gc.get_objects()
+                if type(o) is torch.Tensor and o.layout is torch.strided
+            }
+            peak = max(peak, sum(alive.values()))
             return self.network(x)
 
-    infer(stack(2, 1, 5, 7), Counting(), samples=samples)
+    infer(stack(2, 1, 30, 40), Counting(), samples=samples, sw_batch_size=2)
     return peak
 
 
 def test_memory_does_not_grow_with_the_samples():
     gc.collect()
-    assert peak_of_alive_tensors(12) == peak_of_alive_tensors(3) < 10
+    few, many = peak_of_alive_tensors(4), peak_of_alive_tensors(16)
+    assert many - few < 30 * 40  # the areas of the samples, but no map
 
 
+@pytest.mark.parametrize("region", ["whole", "heart"])
 @pytest.mark.parametrize(("slices", "samples"), [(3, 4), (1, 0), (21, 10)])
-def test_progress(slices, samples):
+def test_progress(slices, samples, region):
     seen = []
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Dropout2d(0.5))
-    infer(stack(1, 1, 2, 2, slices), network, samples=samples, sw_batch_size=1, progress=seen.append)
-    assert len(seen) == slices * (samples + 1)
-    np.testing.assert_allclose(np.diff([0.0, *seen]), 1 / len(seen), atol=1e-12)
-    assert seen[-1] == 1.0
+    infer(stack(1, 1, 2, 2, slices), network, samples=samples, sw_batch_size=1, region=region, progress=seen.append)
+    assert len(seen) >= slices * (samples + 1)
+    assert (np.diff([0.0, *seen]) >= 0).all()
+    np.testing.assert_allclose(seen[-1], 1.0, atol=1e-9)
 
 
 # Other forms of network and input
@@ -367,14 +561,6 @@ def test_torchscript_gives_the_same_maps(reload, training):
     after, values = snapshot(scripted)
     assert after == flags
     assert all(torch.equal(values[name], state[name]) for name in state)
-
-
-NETWORKS = {
-    "dn": lambda **k: DilatedCNN(features=(4, 4), dilations=(1, 1), **k),
-    "drn": DilatedResNet22,
-    "unet": lambda **k: BayesianUNet(features=(4, 4, 4), **k),
-    "detector": lambda **k: FailureResNet(in_channels=1, **k),
-}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -438,7 +624,7 @@ def test_other_ranks_are_refused(shape):
         infer(stack(*shape))
 
 
-@pytest.mark.parametrize("options", [{"samples": -1}, {"prediction": "median"}])
+@pytest.mark.parametrize("options", [{"samples": -1}, {"prediction": "median"}, {"region": "lung"}])
 def test_unknown_settings_are_refused(options):
     with pytest.raises(ValueError, match=str(*options.values())):
         MCDropoutSliceInferer(**options)
@@ -458,6 +644,18 @@ def test_autocast_inferer(amp):
     result.sum().backward()
     for parameter in network.parameters():
         assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("name", ["small", "dn", "drn", "unet"])
+def test_samples_in_bf16_stay_close(name, monkeypatch):
+    """The path of CPUs with AMX and of GPUs, which this CPU can compute as well."""
+    network = small_network() if name == "small" else wide_network(name)
+    volume = stack(1, 1, 32, 48, 2)
+    exact = infer(volume, network, samples=6)
+    monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: True)
+    fast = infer(volume, network, samples=6, amp=True)
+    assert not torch.equal(fast, exact)
+    assert (fast - exact)[:, :5].abs().max() < 0.08 and (fast - exact)[:, :5].abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("fast", [False, True])

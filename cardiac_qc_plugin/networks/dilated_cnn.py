@@ -26,6 +26,9 @@ class DilatedCNN(nn.Module):
         classifier_features: kernels of the 1x1 convolution before the last one.
         dropout: probability with which a whole feature map is dropped (Monte Carlo dropout, section III-B).
 
+    Attributes:
+        border: pixels on every side by which the logits of an image would be smaller without any padding.
+
     Shape:
         ``(B, in_channels, H, W)`` to ``(B, out_channels, H, W)`` logits.
 
@@ -47,11 +50,12 @@ class DilatedCNN(nn.Module):
         super().__init__()
         if len(features) != len(dilations):
             raise ValueError(f"features and dilations need the same length, got {len(features)} and {len(dilations)}.")
+        self.border = sum(dilations)
         layers: list[nn.Module] = []
         channels, reach, margin = in_channels, 0, 0
         for index, (width, dilation) in enumerate(zip(features, dilations, strict=True)):
             reach += dilation  # how far outside the image its pixels are felt
-            needed = min(reach + 1, sum(dilations) - reach)  # with one constant pixel, unless later layers need less
+            needed = min(reach + 1, self.border - reach)  # with one constant pixel, unless later layers need less
             padding = dilation + needed - margin
             mode = "zeros" if index == 0 else "replicate"
             layers += [nn.Conv2d(channels, width, 3, 1, padding, dilation, padding_mode=mode), nn.ReLU()]

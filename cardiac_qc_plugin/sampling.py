@@ -1,0 +1,461 @@
+"""Passes of a network with dropout made cheap: fused layers, and dropout masks drawn for each slice and sample."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+__all__ = ["FusedNetwork", "SequentialNetwork", "can_be_fused", "forward", "reduced_precision", "sample_seed"]
+
+convolution_pointwise = (
+    torch.ops.mkldnn._convolution_pointwise
+)  # what torch.compile uses: with activation, packed weights
+_DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
+
+
+def reduced_precision(device: torch.device) -> bool:
+    """Whether bf16 convolutions are fast on the device: GPUs, and CPUs with AMX instructions.
+
+    With AVX512-bf16, or AVX512-fp16, alone they are half as fast as in fp32 (docs/performance.md).
+    """
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def forward(network: Callable[..., torch.Tensor], inputs: torch.Tensor, amp: bool) -> torch.Tensor:
+    """One pass of a 2-D network in channels-last memory format, in bf16 where asked for and fast; fp32 logits."""
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp and reduced_precision(inputs.device)):
+        return network(inputs).float()
+
+
+@contextlib.contextmanager
+def sampling(network: nn.Module, active: bool) -> Iterator[None]:
+    """Evaluation mode with dropout on or off; every module's own mode is put back afterwards, also after an error."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        for module in dropout_modules(network) if active else []:
+            module.train()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def dropout_modules(network: nn.Module) -> list[nn.Module]:
+    """Modules that drop something; a scripted module goes by the name of the class it was made from."""
+
+    def drops(m: nn.Module) -> bool:
+        return isinstance(m, nn.modules.dropout._DropoutNd) or getattr(m, "original_name", "") in _DROPOUT
+
+    return [m for m in network.modules() if drops(m) and m.p > 0]
+
+
+def sample_seed(seed: int, position: int, sample: int) -> int:
+    """Seed of the masks of one sample of one slice: they do not depend on what else is computed, or in which order."""
+    return int(np.random.SeedSequence([seed, position, sample]).generate_state(1)[0])
+
+
+def can_be_fused(network: nn.Module) -> bool:
+    """Whether dropout can be replaced: an eager network whose dropout modules are torch's own (not TorchScript)."""
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
+    return not scripted and all(type(m) in (nn.Dropout, nn.Dropout2d) for m in dropout_modules(network))
+
+
+class _Pass:
+    """What the layers of a fused network have to know of the pass they are in.
+
+    Attributes:
+        positions: for each image of the batch, the slice that it shows.
+        generators: for each image, the generator of its masks; None in a pass without dropout.
+        masked: whether a mask was applied in this pass already.
+        shared: by layer and slice, what comes before the first mask, and so is the same for all samples.
+        statistics: by kind, layer and slice, mean and variance of instance normalizations without dropout.
+        kind: ``"whole"`` and ``"region"`` passes without dropout record the statistics; None does not.
+        inner: whether convolutions do not pad: the images come with what lies around them.
+        widest: most bytes of a layer's output, for one image.
+    """
+
+    def __init__(self) -> None:
+        self.positions: Sequence[int] = ()
+        self.generators: list[torch.Generator] | None = None
+        self.masked = False
+        self.shared: dict[tuple[nn.Module, int], torch.Tensor] = {}
+        self.statistics: dict[tuple[str, nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.kind: str | None = None
+        self.inner = False
+        self.widest = 0
+
+    def mask(self, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
+        """0 and 1 for the channels (or the values, for ``nn.Dropout``) of each image, as torch draws them."""
+        self.masked = True
+        like = x[:1, :, :1, :1] if isinstance(dropout, nn.Dropout2d) else x[:1]
+        like = torch.empty_like(like, device="cpu")
+        draws = [torch.empty_like(like).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
+        return torch.cat(draws).to(x.device)
+
+    def before_mask(self, layers: Callable[[torch.Tensor], torch.Tensor], key: nn.Module, x: torch.Tensor):
+        """Layers that no mask has reached yet, computed once for each slice."""
+        if self.generators is None or self.masked:
+            return layers(x)
+        first = {position: index for index, position in reversed(list(enumerate(self.positions)))}
+        for position, index in first.items():
+            if (key, position) not in self.shared:
+                positions, self.positions = self.positions, [position]
+                self.shared[key, position] = layers(x[index : index + 1])
+                self.positions = positions
+        parts = [self.shared[key, position] for position in self.positions]
+        return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+    def normalization(self, x: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance over the whole field (B, C, 1, 1), also where ``x`` is a region of it.
+
+        In a region they are the region's own, with the difference that it makes without dropout taken away.
+        """
+        # ten times faster than torch.var_mean in channels-last format
+        parts = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in x.float().split(1)]
+        mean, var = (torch.stack(part)[:, :, None, None] for part in zip(*parts, strict=True))
+        if self.kind is None:
+            return mean, var
+        if self.generators is None:
+            for index, position in enumerate(self.positions):
+                key = (self.kind, layer, position)
+                self.statistics[key] = mean[index : index + 1].clone(), var[index : index + 1].clone()
+            if self.kind == "whole":
+                return mean, var
+        (mean_whole, var_whole), (mean_region, var_region) = (
+            (torch.cat(part) for part in zip(*(self.statistics[kind, layer, p] for p in self.positions), strict=True))
+            for kind in ("whole", "region")
+        )
+        return mean + (mean_whole - mean_region), var * (var_whole / var_region.clamp_min(1e-12))
+
+
+def _product(x: torch.Tensor, mask: torch.Tensor, factor: float) -> torch.Tensor:
+    """``x * mask * factor`` in place; in bf16 a mask of 1.11 would round to 1.109, in every layer."""
+    return torch.addcmul(torch.zeros_like(mask), x, mask, value=factor, out=x)
+
+
+class _Convolution(nn.Module):
+    """Convolution, with batch normalization before folded into its weights and the activation after it in one pass.
+
+    ``scale`` is dropout, and batch normalization, of its input.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, activation: nn.Module | None, state: _Pass, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = convolution.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = None if convolution.bias is None else convolution.bias.detach().to(dtype)
+        self.padding, self.replicates = convolution.padding, convolution.padding_mode == "replicate"
+        self.geometry = (convolution.stride, convolution.dilation, convolution.groups)
+        self.slope = getattr(activation, "negative_slope", 0.0) if activation is not None else None
+        self.state = state
+        self.scale: _Scale | None = None
+        self.onednn = (
+            convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
+        )
+        self.packed = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype)
+        weight, bias = self.weight, self.bias
+        stride, dilation, groups = self.geometry
+        padding = (0, 0) if self.state.inner or self.replicates else self.padding
+        if self.scale is not None:
+            if x.shape[0] == 1 and weight.numel() < x.numel() and self.scale.can_be_folded(padding, groups):
+                weight, bias = self.scale.fold(x, weight, bias)
+            else:
+                x = self.scale(x)
+        if self.replicates and not self.state.inner and any(self.padding):
+            x = F.pad(x, [self.padding[1]] * 2 + [self.padding[0]] * 2, mode="replicate")
+        if not self.onednn:
+            x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            if self.slope is not None:
+                x = F.leaky_relu_(x, self.slope) if self.slope else F.relu_(x)
+        else:
+            if weight is self.weight:
+                weight = self._pack(x, padding)
+            name = "none" if self.slope is None else "leaky_relu" if self.slope else "relu"
+            x = convolution_pointwise(
+                x, weight, bias, padding, stride, dilation, groups, name, [self.slope] if self.slope else [], ""
+            )
+        self.state.widest = max(self.state.widest, x.nbytes // x.shape[0])
+        return x
+
+    def _pack(self, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
+        """Weights in the order that oneDNN computes with, for inputs of this size."""
+        if self.packed is None:
+            stride, dilation, groups = self.geometry
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, padding, stride, dilation, groups, list(x.shape)
+            )
+        return self.packed
+
+
+class _Scale(nn.Module):
+    """Dropout, after batch normalization where there is one, as one product and sum for each channel."""
+
+    def __init__(self, dropout: nn.Module, norm: nn.BatchNorm2d | None, inplace: bool, state: _Pass) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.inplace = inplace
+        self.state = state
+        self.factor = self.shift = None
+        if norm is not None:
+            self.factor = (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach().view(1, -1, 1, 1)
+            self.shift = (norm.bias.detach() - norm.running_mean * self.factor.flatten()).view(1, -1, 1, 1)
+
+    def can_be_folded(self, padding: Sequence[int], groups: int) -> bool:
+        """Into a convolution that pads by so many zeros, and not by its input's edges, which are scaled as well."""
+        return isinstance(self.dropout, nn.Dropout2d) and groups == 1 and (self.shift is None or not any(padding))
+
+    def terms(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Factor and shift (B, C, 1, 1); None where they would change nothing."""
+        if self.state.generators is None:
+            return None if self.factor is None else (self.factor, self.shift)
+        factor = self.state.mask(x, self.dropout).float() / (1 - self.dropout.p)
+        return (factor, None) if self.factor is None else (factor * self.factor, factor * self.shift)
+
+    def fold(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        """The next convolution's weights and bias for one image."""
+        terms = self.terms(x)
+        if terms is None:
+            return weight, bias
+        factor, shift = terms
+        if shift is not None:
+            extra = (weight.float() * shift).sum(dim=(1, 2, 3))
+            bias = (extra if bias is None else bias + extra).to(weight.dtype)
+        return (weight * factor).to(weight.dtype).contiguous(memory_format=torch.channels_last), bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.factor is None:
+            if self.state.generators is None:
+                return x
+            mask = self.state.mask(x, self.dropout)
+            return _product(x if self.inplace else x.clone(), mask, 1 / (1 - self.dropout.p))
+        factor, shift = (term.to(x.dtype) for term in self.terms(x))
+        return torch.addcmul(shift, x, factor, out=x if self.inplace else None)
+
+
+class _InstanceNorm(nn.Module):
+    """Instance normalization, LeakyReLU and dropout: two passes, the mask in the factor of the normalization."""
+
+    def __init__(
+        self, norm: nn.InstanceNorm2d, activation: nn.Module | None, dropout: nn.Module | None, state: _Pass
+    ) -> None:
+        super().__init__()
+        self.norm, self.activation, self.dropout, self.state = norm, activation, dropout, state
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        if self.state.generators is None:
+            return x
+        return _product(x, self.state.mask(x, self.dropout), 1 / (1 - self.dropout.p))
+
+    def forward(self, x: torch.Tensor, dropout: bool = True) -> torch.Tensor:
+        mean, var = self.state.normalization(x, self)
+        factor = (var + self.norm.eps).rsqrt()
+        if self.norm.affine:
+            factor = factor * self.norm.weight.view(1, -1, 1, 1)
+        shift = -mean * factor
+        if self.norm.affine:
+            shift = shift + self.norm.bias.view(1, -1, 1, 1)
+        if dropout and self.dropout is not None and self.state.generators is not None:
+            mask = self.state.mask(x, self.dropout) / (1 - self.dropout.p)
+            factor, shift = factor * mask, shift * mask
+        x = torch.addcmul(shift.to(x.dtype), x, factor.to(x.dtype), out=x)
+        return x if self.activation is None else F.leaky_relu_(x, getattr(self.activation, "negative_slope", 0.0))
+
+
+class _Layers(nn.Sequential):
+    """Layers one after another; those before the first dropout of the network once for all samples of a slice."""
+
+    def __init__(self, layers: list[nn.Module], state: _Pass) -> None:
+        super().__init__(*layers)
+        self.first = next((i for i, layer in enumerate(layers) if _drops(layer)), len(layers))
+        self.state = state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers, first = list(self), self.first
+
+        def before(part: torch.Tensor) -> torch.Tensor:
+            for layer in layers[:first]:
+                part = layer(part)
+            return layers[first](part, dropout=False) if splits else part
+
+        # the mask of a normalization goes into its factor, but not where the rest of it is the same for all samples
+        splits = first < len(layers) and isinstance(layers[first], _InstanceNorm) and not self.state.masked
+        x = self.state.before_mask(before, self, x) if first < len(layers) else before(x)
+        if splits:
+            x = layers[first].drop(x)
+        for layer in layers[first + splits :]:
+            x = layer(x)
+        return x
+
+
+def _pads_otherwise(module: nn.Module) -> bool:
+    """Whether it is a convolution that does not pad by a number of zeros or edge pixels: it stays as it is."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.padding_mode not in ("zeros", "replicate") or isinstance(module.padding, str)
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer applies a mask, itself or inside."""
+    return any(isinstance(m, _Scale) or isinstance(m, _InstanceNorm) and m.dropout is not None for m in layer.modules())
+
+
+def _flat(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules of nested sequences, without those that do nothing when dropout is handled elsewhere."""
+    flat: list[nn.Module] = []
+    for module in modules:
+        if type(module).forward is nn.Sequential.forward:
+            flat += _flat(list(module))
+        elif not (isinstance(module, nn.Identity) or isinstance(module, nn.Dropout | nn.Dropout2d) and module.p == 0):
+            flat.append(module)
+    return flat
+
+
+def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -> nn.Module:
+    """What a sequence of modules computes, with neighbours fused."""
+    layers: list[nn.Module] = []
+    scale: _Scale | None = None
+    queue = _flat(modules)
+
+    def take(*types: type) -> nn.Module | None:
+        return queue.pop(0) if queue and type(queue[0]) in types and not _pads_otherwise(queue[0]) else None
+
+    def fresh() -> bool:
+        """Whether what comes next may be changed in place: nobody else has it."""
+        return bool(layers) and isinstance(layers[-1], _Convolution | _InstanceNorm)
+
+    while queue:
+        if convolution := take(nn.Conv2d):
+            norm = take(nn.BatchNorm2d)
+            if norm is not None:
+                convolution = fuse_conv_bn_eval(convolution.eval(), norm.eval())
+            layer = _Convolution(convolution, take(nn.ReLU, nn.LeakyReLU), state, dtype)
+            layer.scale, scale = scale, None
+            layers.append(layer)
+            continue
+        if scale is not None:
+            layers.append(scale)
+            scale = None
+        if dropout := take(nn.Dropout, nn.Dropout2d):
+            scale = _Scale(dropout, None, fresh(), state)
+        elif len(queue) > 1 and type(queue[0]) is nn.BatchNorm2d and type(queue[1]) in (nn.Dropout, nn.Dropout2d):
+            norm, dropout = take(nn.BatchNorm2d), take(nn.Dropout, nn.Dropout2d)
+            scale = _Scale(dropout, norm, fresh(), state)
+        elif (norm := take(nn.InstanceNorm2d)) and not norm.track_running_stats and fresh():
+            layers.append(_InstanceNorm(norm, take(nn.ReLU, nn.LeakyReLU), take(nn.Dropout2d), state))
+        else:
+            layers.append(_fuse(norm if norm is not None else queue.pop(0), state, dtype))
+    return _Layers(layers + ([] if scale is None else [scale]), state)
+
+
+def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
+    """Replace, in a module and below, sequences, single convolutions and dropout."""
+    if _pads_otherwise(module):
+        return module
+    if type(module).forward is nn.Sequential.forward or type(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
+        return _fuse_sequence([module], state, dtype)
+    for name, child in module.named_children():
+        setattr(module, name, _fuse(child, state, dtype))
+    return module
+
+
+class FusedNetwork:
+    """A network for many samples: a copy with the same parameters, whose layers are fused and whose masks are keyed.
+
+    Batch normalization is folded into convolutions, activations are computed with them (oneDNN), dropout is a product
+    with a vector, folded into the next layer's weights where that is less work, and layers before the first dropout
+    are computed once for each slice. The network itself is left as it is.
+
+    Args:
+        network: an eager network, see :func:`can_be_fused`.
+        amp: bf16 where the device is fast at it.
+    """
+
+    def __init__(self, network: nn.Module, amp: bool) -> None:
+        self.state = _Pass()
+        self.border = getattr(network, "border", 0)
+        self.amp = amp
+        tensors = [*network.parameters(), *network.buffers()]
+        dtype = torch.bfloat16 if amp and tensors and reduced_precision(tensors[0].device) else torch.float32
+        self.network = _fuse(copy.deepcopy(network, {id(t): t for t in tensors}).eval(), self.state, dtype)
+
+    @property
+    def widest(self) -> int:
+        """Most bytes of a layer's output for one image, in the passes so far."""
+        return self.state.widest
+
+    def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str, inner: bool = False):
+        """Logits (B, K, H, W) without dropout; ``kind`` is ``"whole"`` or ``"region"``."""
+        return self._pass(images, positions, None, kind, inner)
+
+    def sample(
+        self, images: torch.Tensor, positions: Sequence[int], seeds: Sequence[int], kind: str | None, inner: bool
+    ) -> torch.Tensor:
+        """Logits (B, K, H, W), each image with the masks of its seed; ``kind`` is None for the whole field.
+
+        Args:
+            images: (B, C, H, W).
+            positions: number of the slice that each image shows.
+            seeds: of each image's masks.
+            kind: None, or ``"region"`` after :meth:`deterministic` has seen the whole field and the region.
+            inner: the images come with ``border`` pixels on every side, without logits.
+        """
+        return self._pass(images, positions, [torch.Generator().manual_seed(s) for s in seeds], kind, inner)
+
+    def _pass(self, images, positions, generators, kind, inner) -> torch.Tensor:
+        state = self.state
+        state.positions, state.generators, state.kind, state.masked = positions, generators, kind, False
+        state.inner = inner
+        return forward(self.network, images, self.amp)
+
+    def forget(self) -> None:
+        """Let go of what was computed once for all samples of a slice."""
+        self.state.shared.clear()
+
+
+class SequentialNetwork:
+    """As :class:`FusedNetwork`, for TorchScript and other kinds of dropout: each slice and sample is a pass of its own.
+
+    The masks are those that torch draws from a seed on the network's device, on CPUs the same as of a fused network.
+    """
+
+    widest = 0
+
+    def __init__(self, network: nn.Module, amp: bool) -> None:
+        self.network = network
+        self.border = getattr(network, "border", 0)
+        self.amp = amp
+
+    def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str, inner: bool = False):
+        with sampling(self.network, active=False):
+            return self._pass(images, inner)
+
+    def sample(
+        self, images: torch.Tensor, positions: Sequence[int], seeds: Sequence[int], kind: str | None, inner: bool
+    ) -> torch.Tensor:
+        cuda = images.device.type == "cuda"
+        # not torch.manual_seed, which seeds all devices
+        generator = torch.cuda.default_generators[images.device.index] if cuda else torch.default_generator
+        logits = []
+        with torch.random.fork_rng(devices=[images.device] if cuda else []), sampling(self.network, active=True):
+            for image, seed in zip(images.split(1), seeds, strict=True):
+                generator.manual_seed(seed)
+                logits.append(self._pass(image, inner))
+        return torch.cat(logits)
+
+    def _pass(self, images: torch.Tensor, inner: bool) -> torch.Tensor:
+        logits = forward(self.network, images, self.amp)
+        return F.pad(logits, [-self.border] * 4) if inner else logits
+
+    def forget(self) -> None:
+        pass
