@@ -199,10 +199,10 @@ class MCDropoutSliceInferer(Inferer):
     ) -> None:
         """Put mean, standard deviation and votes of the samples into ``moments``, and add to the areas, in place.
 
-        ``window`` is the part of the field that they see, None for all of it.
+        ``window`` is the part of the field that they see, None for all of it, ``sure`` the probabilities of the pass
+        without dropout.
         """
         mean, m2, votes = moments
-        log_sure = sure.clamp_min(torch.finfo(sure.dtype).tiny).log()
         crops, share, kind, inner = stack, 1.0, None, False
         if window is not None:
             rows, cols = window
@@ -217,7 +217,7 @@ class MCDropoutSliceInferer(Inferer):
                 passes.deterministic(crops[positions], positions.tolist(), kind, inner).log_softmax(dim=1)
                 for positions in torch.arange(len(stack)).split(batch)
             ]
-            shift = log_sure[(..., *window)] - torch.cat(parts)
+            shift = sure[(..., *window)].clamp_min(torch.finfo(sure.dtype).tiny).log() - torch.cat(parts)
         group = max(1, batch // self.samples)  # slices
         for start in range(0, len(stack), group):
             pairs = [(z, t) for z in range(start, min(start + group, len(stack))) for t in range(self.samples)]
