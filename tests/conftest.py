@@ -1,6 +1,8 @@
 """Settings and data shared by all tests: one thread per process, and ACDC where it is at hand."""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are imported
@@ -25,3 +27,27 @@ def acdc_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("set ACDC_DIR to the folder with ACDC's patient folders")
     return folder
+
+
+@pytest.fixture(scope="session")
+def launch_chromium() -> Iterator[Callable]:
+    """Starts a browser by Playwright: CHROMIUM, or what Debian and Google call it."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e .[test]")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium: scripts/test_browser.sh installs one, or set CHROMIUM to the program")
+    switches = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    switches += " disable-component-update disable-sync"
+    with api.sync_playwright() as playwright:
+        yield lambda: playwright.chromium.launch(
+            executable_path=path, args=[f"--{switch}" for switch in switches.split()]
+        )
+
+
+@pytest.fixture(scope="module")
+def chromium(launch_chromium: Callable) -> Iterator:
+    """A browser for the tests of a file."""
+    browser = launch_chromium()
+    yield browser
+    browser.close()

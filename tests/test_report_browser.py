@@ -1,8 +1,5 @@
 """The report in Chromium: what a reader does with the mouse, the keys and the printer, against counts of our own."""
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 from report_cases import SHAPE, heart, make_case, random_probabilities, read_qc
@@ -11,29 +8,11 @@ from cardiac_qc_plugin.reports import write_report
 from cardiac_qc_plugin.reports.report import cohort_page
 from cardiac_qc_plugin.workflows.files import write_json
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e .[test]")
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = (
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync",
-)  # fmt: skip
 NASTY = "<script>alert(1)<i>"
 CURVE = {
     "model": "drn", "map": "bmap", "patients": 15, "source": "fold 1 <b>",
     "threshold": [0.2, 0.6, 0.9], "caught": [0.9, 0.6, 0.2], "regions_per_patient": [40.0, 10.0, 2.0],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        pytest.skip("no Chromium: install Debian's chromium, or set CHROMIUM to the program")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(OPTIONS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import socket
 import threading
 
@@ -17,27 +15,7 @@ from seats import REGIONS, SHAPE, automatic, flagged
 from cardiac_qc_plugin.review.seat import Seat
 from cardiac_qc_plugin.review.server import create_app
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright, of the extra [test]")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
-)
 TOKEN = "a-token"
-
-
-@pytest.fixture(scope="module")
-def launch():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: install it, or set CHROMIUM to its path")
-    with playwright_api.sync_playwright() as playwright:
-        yield lambda: playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
-
-@pytest.fixture(scope="module")
-def chromium(launch):
-    browser = launch()
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
@@ -175,9 +153,9 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     assert not screen.complaints
 
 
-def test_a_killed_browser(chromium, launch, address):
+def test_a_killed_browser(chromium, launch_chromium, address):
     before = set(psutil.Process().children(recursive=True))
-    screen = Screen(launch(), address)
+    screen = Screen(launch_chromium(), address)
     screen.open()
     _, row, col, _ = REGIONS[1]
     screen.press("3")
