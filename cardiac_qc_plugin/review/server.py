@@ -24,7 +24,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.reports.pictures import CONTOURS, FLAG_COLOR, MAP_NAMES
+from cardiac_qc_plugin.reports.case_page import MAP_NAMES
+from cardiac_qc_plugin.reports.pages import CONTOURS, FLAG_COLOR
 from cardiac_qc_plugin.review.seat import NoSuchCase, Seat, TakenOver
 from cardiac_qc_plugin.review.state import PAUSE, Refused
 from cardiac_qc_plugin.workflows.files import OutputError
