@@ -155,11 +155,14 @@ def table(predictions: str | Path) -> Outcome:
 
 def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """Rows from the records in a folder, one after another; failed cases from its worklist."""
-    worklist = folder / "worklist.csv"
+    worklist, record = folder / "worklist.csv", folder / "quarantine.json"
+    quarantined = read_json(record) if record.is_file() else {}
     if worklist.is_file():
         with open(worklist, newline="", encoding="utf-8") as stream:
             failed = (row for row in csv.DictReader(stream) if row["status"] != "done")
-            yield from (failed_case_row(row["case"], row["message"], row["status"]) for row in failed)
+            for row in failed:
+                status = "quarantined" if row["case"] in quarantined else "failed"
+                yield failed_case_row(row["case"], row["message"], status)
     for record in folder_records(folder):
         row = case_row(read_json(record))
         cine = folder / (row["heart"] or "") / "cine.json"
