@@ -216,7 +216,7 @@ def test_mistakes_get_one_line(data, tmp_path):
         "batch_size": 1,
     }
     assert "Unknown segmentation loss 'mse': choose" in refusal(DN, "train", **training, loss="mse")
-    assert "fold 7 would leave nothing on one side. Its folds are [0, 1]." in refusal(
+    assert "fold 7 would leave nothing on one side. Its folds are [0, 1], and -1 leaves none out." in refusal(
         DN, "train", **training | {"fold": 7}
     )
     message = refusal(DN, "train", **training | {"dataset_dir": str(tmp_path / "none")})
