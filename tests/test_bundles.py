@@ -464,3 +464,13 @@ def test_shipped_weights_are_plain_half_precision(weights):
     state = torch.load(weights, weights_only=True)
     assert all(value.dtype in (torch.float16, torch.int64) for value in state.values())
     assert all(bool(torch.isfinite(value.float()).all()) for value in state.values())
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_device_may_be_given_by_its_name(bundle):
+    """As MONAI Label gives it."""
+    parser = ConfigParser()
+    parser.read_config(ROOT / "bundles" / bundle / "configs" / "train.json")
+    parser.update({"device": "cpu"})
+    assert parser.get_parsed_content("num_workers") == 0
+    assert parser.get_parsed_content("train#dataloader#pin_memory") is False
