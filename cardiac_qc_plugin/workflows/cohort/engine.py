@@ -152,7 +152,7 @@ class Run:
         curve: what each threshold catches, for the report.
     """
 
-    def __init__(self, store: Store, journal: Journal, deaths: Deaths, curve: Mapping[str, Any] | None) -> None:
+    def __init__(self, store: Store, journal: Journal, deaths: Deaths, curve: Mapping[str, Any] | None = None) -> None:
         self.store, self.journal, self.deaths, self.curve = store, journal, deaths, curve
         self.failed = 0
 
