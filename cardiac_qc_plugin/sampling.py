@@ -12,9 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = ["FusedNetwork", "SequentialNetwork", "can_be_fused", "forward", "reduced_precision", "sample_seed"]
 
-convolution_pointwise = (
-    torch.ops.mkldnn._convolution_pointwise
-)  # what torch.compile uses: with activation, packed weights
+# what torch.compile uses: a convolution with its activation and packed weights; builds without oneDNN have none
+convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 
 

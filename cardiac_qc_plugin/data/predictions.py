@@ -6,9 +6,10 @@ from pathlib import Path
 
 from monai.utils import ensure_tuple
 
-__all__ = ["MAP_FILES", "case_name", "with_predictions"]
+__all__ = ["MAP_FILES", "MAP_NAMES", "case_name", "with_predictions"]
 
 MAP_FILES = {"bmap": "bayesian.nii.gz", "emap": "entropy.nii.gz"}
+MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's tables
 
 
 def case_name(path: str | Path) -> str:

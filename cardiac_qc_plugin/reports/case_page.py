@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.clinical import sample_interval
 from cardiac_qc_plugin.metrics.plausibility import CRITERIA
 from cardiac_qc_plugin.workflows.files import read_json, write_text
@@ -21,7 +22,6 @@ from .pictures import GRID, draw_sheet
 __all__ = ["PAGE", "case_settings", "implausible", "read_record", "update_case", "write_case"]
 
 PAGE = "report.html"
-MAP_NAMES = {"bmap": "b-map", "emap": "e-map"}
 RECORD = re.compile(r'<script type="application/json" id="record">(.*?)</script>', re.DOTALL)
 
 

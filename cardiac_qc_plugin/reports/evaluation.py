@@ -7,12 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.detection import RegionCurve, SlicePrecisionRecall
 from cardiac_qc_plugin.metrics.plausibility import CRITERIA
 
 __all__ = ["draw_coverage", "draw_regions", "draw_slices", "summary_text"]
 
-NAMES = {"emap": "e-map", "bmap": "b-map", "mean_emap": "mean e-map", "mean_bmap": "mean b-map"}
+NAMES = {**MAP_NAMES, **{f"mean_{map}": f"mean {name}" for map, name in MAP_NAMES.items()}}
 INDICES = {
     "lv_edv": ("LV EDV", "ml"),
     "lv_esv": ("LV ESV", "ml"),

@@ -7,7 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .paper_tables import MAPS, PAIRS, Experiment, by_run, listed, network_name, read_rows
+from cardiac_qc_plugin.data.predictions import MAP_NAMES
+
+from .paper_tables import PAIRS, Experiment, by_run, listed, network_name, read_rows
 
 __all__ = ["FIGURES", "draw"]
 
@@ -55,15 +57,15 @@ def finish(axes: Sequence[Axes]) -> None:
 
 def detection(experiments: Sequence[Experiment], name: str, x: str, y: str, labels: tuple[str, str]) -> tuple:
     """A panel for each map, a line for each network; and the rows behind them."""
-    figure, axes = panels(1, 2, list(MAPS.values()), *labels)
+    figure, axes = panels(1, 2, list(MAP_NAMES.values()), *labels)
     known, table = by_run(experiments), []
-    for each, short in zip(axes, MAPS, strict=True):
+    for each, short in zip(axes, MAP_NAMES, strict=True):
         for pair in PAIRS:
             experiment = known.get((*pair, short, None))
             rows = curve(experiment, name, criterion="paper") if experiment else []
             plot(each, rows, x, y, label=network_name(*pair), **style(*pair))
             table += [
-                {"model": network_name(*pair), "map": MAPS[short], "folds": listed(experiment.folds), **row}
+                {"model": network_name(*pair), "map": MAP_NAMES[short], "folds": listed(experiment.folds), **row}
                 for row in rows
             ]
     finish(axes)
@@ -104,7 +106,7 @@ def figure4(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, A
             for short, color in (("emap", "k"), ("bmap", "0.55")):
                 experiment = known.get((*pair, short, None))
                 rows = curve(experiment, "curves/risk_coverage.csv", map=short, phase=phase) if experiment else []
-                label = f"{network_name(*pair)}, {MAPS[short]}"
+                label = f"{network_name(*pair)}, {MAP_NAMES[short]}"
                 plot(each, rows, "coverage", "risk", label=label, color=color, linestyle=STYLES[pair[0]])
                 table += [{"model": network_name(*pair), "folds": listed(experiment.folds), **row} for row in rows]
         each.set(xlim=(0, 1), ylim=(0, None))
@@ -114,12 +116,12 @@ def figure4(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, A
 
 def figure7(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, Any]]]:
     """Detection by region size: above sensitivity, below precision and recall; a column for each map."""
-    titles = [f"{name}, {what}" for what in ("voxels", "slices") for name in MAPS.values()]
+    titles = [f"{name}, {what}" for what in ("voxels", "slices") for name in MAP_NAMES.values()]
     figure, axes = panels(2, 2, titles, "false positive regions per volume", "share of failure voxels found")
     sizes, table = by_run(experiments) | by_run(experiments, "region_size"), []
     varied = {run[:3] for run in sizes if run[3] is not None}
     for number, each in enumerate(axes):
-        slices, short = number // 2, list(MAPS)[number % 2]
+        slices, short = number // 2, list(MAP_NAMES)[number % 2]
         name, x, y = (("regions", "false_positives", "sensitivity"), ("slices", "recall", "precision"))[slices]
         for (model, loss, map, size), experiment in sizes.items():
             if map != short or (model, loss, map) not in varied:
@@ -127,7 +129,7 @@ def figure7(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, A
             rows, width = curve(experiment, f"curves/{name}.csv", criterion="paper"), size or 8
             label = f"{network_name(model, loss)}, {width} x {width}"
             plot(each, rows, x, y, label=label, linewidth=WIDTHS[size], **style(model, loss))
-            first = {"model": network_name(model, loss), "map": MAPS[short], "region_size": width}
+            first = {"model": network_name(model, loss), "map": MAP_NAMES[short], "region_size": width}
             table += [{**first, "curve": name, "folds": listed(experiment.folds), **row} for row in rows]
         if slices:
             each.set(xlabel="recall of slices with failures", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.workflows.files import read_json
 
@@ -25,7 +26,6 @@ __all__ = [
 
 NETWORKS = {"dn": "DN", "drn": "DRN", "unet": "U-net"}
 LOSSES = {"ce": "CE", "brier": "Brier", "soft_dice": "soft-Dice"}
-MAPS = {"emap": "e-map", "bmap": "b-map"}
 PAIRS = (
     ("dn", "brier"),
     ("dn", "soft_dice"),
@@ -34,7 +34,7 @@ PAIRS = (
     ("unet", "ce"),
     ("unet", "soft_dice"),
 )
-GRID = tuple((*pair, map) for pair in PAIRS for map in MAPS)
+GRID = tuple((*pair, map) for pair in PAIRS for map in MAP_NAMES)
 CELLS = tuple((phase, name) for phase in ("ED", "ES") for name in ("LV", "RV", "LVM"))
 INDICES = {
     "lv_edv": "LVEDV_ml",
@@ -111,7 +111,7 @@ def common(run: tuple[str, str, str], folds: Sequence[int], corrected: bool) -> 
     model, loss, map = run
     return {
         "model": network_name(model, loss, map),
-        "corrected_with": MAPS[map] if corrected else "",
+        "corrected_with": MAP_NAMES[map] if corrected else "",
         "folds": listed(folds),
     }
 
@@ -196,7 +196,7 @@ def detection_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
         short = run[2]
         for criterion in ("paper", "released_code"):
             found = summary.get("detection", {}).get("criteria", {}).get(criterion)
-            row = {"model": network_name(*run[:2]), "map": MAPS[short], "criterion": criterion}
+            row = {"model": network_name(*run[:2]), "map": MAP_NAMES[short], "criterion": criterion}
             rows.append(
                 {**row, "folds": listed(folds)}
                 | (detection(found) if found else dict.fromkeys(DETECTION))
@@ -245,7 +245,7 @@ def ablation_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
             summary, kind = experiment.summary, experiment.kind
             variant = "" if kind == "grid" else kind if experiment.value is None else f"{kind}: {experiment.value}"
             rows.append(
-                {"model": network_name(*run[:2]), "map": MAPS[run[2]], "variant": variant}
+                {"model": network_name(*run[:2]), "map": MAP_NAMES[run[2]], "variant": variant}
                 | {"folds": listed(experiment.folds), "mean_dice": summary["mean_dice"]["mean"]}
                 | {"aurc": summary["scan_level"].get("sample_disagreement", {}).get("aurc")}
                 | detection(summary["detection"]["criteria"]["paper"])
@@ -283,7 +283,7 @@ def pooled(cases: Path, metric: str) -> dict[str, Any]:
 def scan_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
     """How well each score of a whole scan orders the scans by 1 - mean Dice: AURC and Pearson."""
     return [
-        {"model": network_name(*run), "map": MAPS[run[2]], "folds": listed(folds), "score": score, **values}
+        {"model": network_name(*run), "map": MAP_NAMES[run[2]], "folds": listed(folds), "score": score, **values}
         for run, folds, summary in rows_of_grid(experiments)
         for score, values in summary.get("scan_level", {}).items()
         if score != "urgency" and (run[2], score) != ("emap", "mean_bmap")  # one of the others; nothing sampled

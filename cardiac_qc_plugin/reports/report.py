@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.workflows.files import read_json, write_text
 
-from .case_page import MAP_NAMES, PAGE, case_settings, implausible, update_case
+from .case_page import PAGE, case_settings, implausible, update_case
 from .cine import INDICES, index_rows, volume_curve
 from .pages import render
 

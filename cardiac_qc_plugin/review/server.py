@@ -23,8 +23,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.reports.case_page import MAP_NAMES
 from cardiac_qc_plugin.reports.pages import CONTOURS, FLAG_COLOR
 from cardiac_qc_plugin.review.seat import NoSuchCase, Seat, TakenOver
 from cardiac_qc_plugin.review.state import PAUSE, Refused

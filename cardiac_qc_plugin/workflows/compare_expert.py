@@ -7,8 +7,8 @@ from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_haus
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.reports.expert import expert_text
 from cardiac_qc_plugin.reports.paper_tables import CELLS, paper
-from cardiac_qc_plugin.transforms.correction import apply_edits, simulate_correction
-from cardiac_qc_plugin.workflows.correct import read_flagged
+from cardiac_qc_plugin.transforms.correction import simulate_correction
+from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
 from cardiac_qc_plugin.workflows.evaluate import compare_paired, without_nan
 from cardiac_qc_plugin.workflows.files import file_sha256, read_json, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.references import (
@@ -105,17 +105,14 @@ def measure_case(case: str, folder: Path, mask: Path, reference: Path, on_outsid
     labels = read_reference(reference, segmentation)
     flagged, _ = read_flagged(folder, segmentation)
     check_record(mask.with_name("correction.json"), folder / "segmentation.nii.gz")
-    try:
-        edited, report = apply_edits(segmentation.data, read_labels(mask).data, flagged, on_outside)
-    except ValueError as error:
-        raise ValueError(f"{mask}: {error}") from error
+    edited, notes, _ = accept_edits(mask, folder, segmentation, on_outside)
     simulated = simulate_correction(segmentation.data, labels, flagged)
     versions = {"auto": segmentation.data, "simulated": simulated, "expert": edited}
     return {
         "patient": patient,
         "phase": phase,
         "scores": {name: dice_and_hausdorff(own, labels, segmentation.spacing) for name, own in versions.items()},
-        "dropped": report.n_outside,
+        "dropped": notes["edits"]["n_outside"],
         **{f"{name}_changed": int((versions[name] != segmentation.data).sum()) for name in CORRECTED},
     }
 

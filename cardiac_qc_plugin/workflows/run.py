@@ -311,7 +311,8 @@ def each_scan(
             done = len(cases) + len(failures)
             bar.update(max(done + share - bar.n, 0))
 
-        predictors[0].inferer.progress = advance
+        inferer = predictors[0].inferer
+        before, inferer.progress = inferer.progress, advance
         try:
             for scan, work in in_order(pool, scans, lambda scan: run_case(scan, output, predictors, accepted)):
                 bar.set_description(scan.case)
@@ -327,6 +328,7 @@ def each_scan(
         finally:  # after an interruption, a case under way ends at the network's next pass
             stopped.set()
             pool.shutdown(cancel_futures=True)
+            inferer.progress = before
     return cases, failures
 
 

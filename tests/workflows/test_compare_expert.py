@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from miniature_run import load, save, write_patients
@@ -85,6 +86,18 @@ def test_output_of_correct_gives_the_same(study):
         compare_expert(root / "run", root / name, root / "acdc", root / "out")
         texts.append((root / "out" / "table4.csv").read_text())
     assert texts[0] == texts[1]
+
+
+def test_mask_saved_with_turned_axes_counts_as_it_was_meant(study):
+    """As some editors save; `correct --edited` accepts it, by the same rule."""
+    root, _ = study
+    compare_expert(root / "run", root / "masks", root / "acdc", root / "out")
+    file = root / "masks" / f"{EDITED[0]}.nii.gz"
+    turned = nib.load(file).as_reoriented(np.array([[1, -1], [0, 1], [2, 1]]))
+    turned.header.set_zooms(nib.load(file).header.get_zooms())
+    nib.save(turned, file)
+    compare_expert(root / "run", root / "masks", root / "acdc", root / "turned")
+    assert (root / "turned" / "table4.csv").read_bytes() == (root / "out" / "table4.csv").read_bytes()
 
 
 def test_masks_that_are_refused(study):

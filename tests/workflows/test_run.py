@@ -356,6 +356,7 @@ def test_scans_under_way_together_give_what_each_gives_alone(three_scans, predic
 
     monkeypatch.setattr(MCDropoutSliceInferer, "__call__", by_itself)
     together = run(three_scans, tmp_path / "together", *predictors)
+    predictors[0]({"image": str(three_scans[0].path)})  # nothing of the run is left in it
     assert [qc["case"] for qc in together] == [scan.case for scan in three_scans]
     for scan, qc in zip(three_scans, together, strict=True):
         (alone,) = run([scan], tmp_path / "alone", *predictors)
