@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cardiac_qc_plugin import inferers
 from cardiac_qc_plugin.inferers import MCDropoutSliceInferer, heart_window
+from cardiac_qc_plugin.sampling import precision
 from cardiac_qc_plugin.transforms.uncertainty import bayesian_map
 
 SAMPLES = 10
@@ -112,7 +113,7 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
     place, clock = torch.device(device), measure.clock(cpu_time)
     rates = measure.ceilings(place, clock)
     print(measure.describe(place, rates))
-    rate = rates[f"conv_{measure.precision(place)}"] * 1e9
+    rate = rates[f"conv_{precision(place)}"] * 1e9
     volume = measure.phantom(slices=2 if quick else 10).to(place)
     part = volume[:, :, 32:192, 32:192, volume.shape[-1] // 2][..., None]
     drn = measure.load_network("drn").to(place)

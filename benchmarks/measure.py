@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cardiac_qc_plugin.bundle import find_bundle
 from cardiac_qc_plugin.checkpoints import load_weights
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom
-from cardiac_qc_plugin.sampling import reduced_precision
+from cardiac_qc_plugin.sampling import fast_integers, precision
 
 Clock = Callable[[], float]
 
@@ -41,7 +41,10 @@ def interleaved(work: dict[str, Callable[[], object]], repeats: int, clock: Cloc
 
 
 def ceilings(device: torch.device, clock: Clock, repeats: int = 5) -> dict[str, float]:
-    """Best rates: matrix product and 3x3 convolution in GFLOP/s, fp32 and bf16, and copying memory in GB/s."""
+    """Best rates: matrix product and 3x3 convolution in GFLOP/s, fp32 and bf16, and copying memory in GB/s.
+
+    The convolution also in 8-bit integers, where the inferer may use them.
+    """
 
     def best(call: Callable[[], object]) -> float:
         call()
@@ -61,15 +64,18 @@ def ceilings(device: torch.device, clock: Clock, repeats: int = 5) -> dict[str, 
         x = torch.randn(4, 256, 56, 56, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         w = torch.randn(256, 256, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         rates[f"conv_{name}"] = 2 * 4 * 56**2 * 256**2 * 9 / best(lambda x=x, w=w: F.conv2d(x, w, padding=1)) / 1e9
+    if fast_integers(device):
+        x = torch.randint(256, (4, 256, 56, 56), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        w, one = torch.randint(-127, 128, (256, 256, 3, 3)).to(torch.int8), [1, 1]
+        steps, zeros = torch.ones(256), torch.zeros(256, dtype=torch.long)
+        w = torch.ops.onednn.qconv_prepack(w, steps, 1.0, 0, one, one, one, 1, list(x.shape))
+        settings = (None, one, one, one, 1, 1.0, 0, torch.float32, "none", [], "")
+        seconds = best(lambda: torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, w, steps, zeros, *settings))
+        rates["conv_int8"] = 2 * 4 * 56**2 * 256**2 * 9 / seconds / 1e9
     a = torch.randn(32 << 20, device=device)
     b = torch.empty_like(a)
     rates["copy"] = 2 * a.nbytes / best(lambda: b.copy_(a)) / 1e9
     return rates
-
-
-def precision(device: torch.device) -> str:
-    """What the inferer computes in by default."""
-    return "bf16" if reduced_precision(device) else "fp32"
 
 
 def peak_memory(script: str, *arguments: str) -> float:
@@ -92,7 +98,9 @@ def describe(device: torch.device, rates: dict[str, float]) -> str:
     return (
         f"{name}{amx}, {torch.get_num_threads()} threads, torch {torch.__version__}, computing in {precision(device)}\n"
         f"ceilings: matrix product {rates['matmul_fp32']:.0f} GFLOP/s in fp32, {rates['matmul_bf16']:.0f} in bf16; "
-        f"3x3 convolution {rates['conv_fp32']:.0f} and {rates['conv_bf16']:.0f}; copy {rates['copy']:.1f} GB/s"
+        f"3x3 convolution {rates['conv_fp32']:.0f} and {rates['conv_bf16']:.0f}"
+        + (f", {rates['conv_int8']:.0f} in int8" if "conv_int8" in rates else "")
+        + f"; copy {rates['copy']:.1f} GB/s"
     )
 
 

@@ -19,6 +19,7 @@ from .sampling import (
     can_be_fused,
     dropout_modules,
     forward,
+    reduced_precision,
     sample_seed,
     sampling,
 )
@@ -66,12 +67,14 @@ class MCDropoutSliceInferer(Inferer):
         margin: of the heart's box, in pixels.
         sw_batch_size: images per forward pass; None for as many as the cache or the device is fast with.
         seed: seed of the samples; the same seed gives the same maps.
-        amp: bf16 where the device is fast at it, see :func:`~cardiac_qc_plugin.sampling.reduced_precision`.
+        amp: bf16 or 8-bit integers, where the device is fast at them, see
+            :func:`~cardiac_qc_plugin.sampling.precision`; fp32 elsewhere.
         progress: called after each forward pass with the share of the work done, in (0, 1].
 
     Attributes:
         sample_areas: of the last call: pixels of each class in each sample and slice, (B * D, T, K); the spread of a
             structure's volume over the samples.
+        precision: of the last call's convolutions: ``"fp32"``, ``"bf16"`` or ``"int8"``.
 
     Shape:
         ``(B, C, H, W, D)``, slices last, to ``(B, 2 K + 2, H, W, D)`` for ``K`` classes: probabilities (K), b-map,
@@ -116,6 +119,7 @@ class MCDropoutSliceInferer(Inferer):
         self.amp = amp
         self.progress = progress
         self.sample_areas: torch.Tensor | None = None
+        self.precision: str | None = None
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
         if inputs.ndim not in (4, 5):
@@ -131,6 +135,7 @@ class MCDropoutSliceInferer(Inferer):
         stacks = inputs[None] if inputs.ndim == 4 else inputs.movedim(-1, 1)
         with torch.no_grad():
             passes = (FusedNetwork if can_be_fused(network) else SequentialNetwork)(network, self.amp)
+            self.precision = passes.precision
             parts = [self._maps(stack, passes, self._report(i, len(stacks))) for i, stack in enumerate(stacks)]
         maps, areas = zip(*parts, strict=True)
         self.sample_areas = torch.cat(areas)
@@ -171,6 +176,8 @@ class MCDropoutSliceInferer(Inferer):
         """Images for a forward pass; ``share`` of the whole field that an image is."""
         if self.sw_batch_size is not None:
             return self.sw_batch_size
+        if passes.precision == "int8":  # each image is quantized, and convolved, for itself
+            return 1
         return max(1, int(LARGEST.get(device.type, LARGEST["cuda"]) / (passes.widest * share))) if passes.widest else 1
 
     def _deterministic(
@@ -288,6 +295,7 @@ class EnsembleSliceInferer(Inferer):
 
     Attributes:
         sample_areas: of the last call: pixels of each class by each member and in each slice, (D, T, K).
+        precision: of the last call's convolutions: ``"fp32"`` or ``"bf16"``.
         progress: called after each member with the share of the work done, in (0, 1].
 
     Shape:
@@ -308,10 +316,12 @@ class EnsembleSliceInferer(Inferer):
         self.progress: Callable[[float], None] | None = None
         self.networks: list[nn.Module] = []
         self.sample_areas: torch.Tensor | None = None
+        self.precision: str | None = None
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
         if not self.networks:
             self.networks = [load_weights(copy.deepcopy(network), path).eval() for path in self.members]
+        self.precision = "bf16" if self.amp and reduced_precision(inputs.device) else "fp32"
         slices = inputs.as_subclass(torch.Tensor)[0].movedim(-1, 0)
         parts = []
         for member in self.networks:

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -10,10 +12,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["FusedNetwork", "SequentialNetwork", "can_be_fused", "forward", "reduced_precision", "sample_seed"]
+__all__ = [
+    "FusedNetwork",
+    "SequentialNetwork",
+    "can_be_fused",
+    "forward",
+    "precision",
+    "reduced_precision",
+    "sample_seed",
+]
 
 # what torch.compile uses: a convolution with its activation and packed weights; builds without oneDNN have none
 convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+# PyTorch's successor to this function takes five times as long
+warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+SMALLEST = 16  # channels in and out from which on 8-bit integers pay
 _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 
 
@@ -25,6 +38,22 @@ def reduced_precision(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def fast_integers(device: torch.device) -> bool:
+    """Whether convolutions in 8-bit integers are fast on the device: CPUs with AVX512-VNNI instructions.
+
+    They are four times as fast as in fp32 (docs/performance.md).
+    """
+    available = hasattr(torch.ops.onednn, "qconv2d_pointwise") and hasattr(torch, "quantize_per_tensor")
+    return device.type == "cpu" and available and torch.backends.mkldnn.enabled and torch.cpu._is_vnni_supported()
+
+
+def precision(device: torch.device) -> str:
+    """What a fused network's convolutions are computed in if it need not be fp32: ``bf16``, ``int8`` or ``fp32``."""
+    if reduced_precision(device):
+        return "bf16"
+    return "int8" if fast_integers(device) else "fp32"
 
 
 def forward(network: Callable[..., torch.Tensor], inputs: torch.Tensor, amp: bool) -> torch.Tensor:
@@ -79,6 +108,7 @@ class _Pass:
         statistics: by kind, layer and slice, mean and variance of instance normalizations without dropout.
         kind: ``"whole"`` and ``"region"`` passes without dropout record the statistics; None does not.
         inner: whether convolutions do not pad: the images come with what lies around them.
+        integers: whether convolutions are computed in 8-bit integers.
         widest: most bytes of a layer's output, for one image.
     """
 
@@ -90,6 +120,7 @@ class _Pass:
         self.statistics: dict[tuple[str, nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.kind: str | None = None
         self.inner = False
+        self.integers = False
         self.widest = 0
 
     def mask(self, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
@@ -98,7 +129,7 @@ class _Pass:
         like = x[:1, :, :1, :1] if isinstance(dropout, nn.Dropout2d) else x[:1]
         like = torch.empty_like(like, device="cpu")
         draws = [torch.empty_like(like).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
-        return torch.cat(draws).to(x.device)
+        return _joined(draws).to(x.device)
 
     def before_mask(self, layers: Callable[[torch.Tensor], torch.Tensor], key: nn.Module, x: torch.Tensor):
         """Layers that no mask has reached yet, computed once for each slice."""
@@ -111,6 +142,7 @@ class _Pass:
                 self.shared[key, position] = layers(x[index : index + 1])
                 self.positions = positions
         parts = [self.shared[key, position] for position in self.positions]
+        # a copy, also of a single one: what follows may change it in place
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
     def normalization(self, x: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +166,11 @@ class _Pass:
             for kind in ("whole", "region")
         )
         return mean + (mean_whole - mean_region), var * (var_whole / var_region.clamp_min(1e-12))
+
+
+def _joined(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Along the first axis, without a copy of a single one."""
+    return torch.cat(images) if len(images) > 1 else images[0]
 
 
 def _product(x: torch.Tensor, mask: torch.Tensor, factor: float) -> torch.Tensor:
@@ -160,6 +197,7 @@ class _Convolution(nn.Module):
             convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
         )
         self.packed = None
+        self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.weight.dtype)
@@ -167,13 +205,15 @@ class _Convolution(nn.Module):
         stride, dilation, groups = self.geometry
         padding = (0, 0) if self.state.inner or self.replicates else self.padding
         if self.scale is not None:
-            if x.shape[0] == 1 and weight.numel() < x.numel() and self.scale.can_be_folded(padding, groups):
+            if self._folds(x, padding):
                 weight, bias = self.scale.fold(x, weight, bias)
             else:
                 x = self.scale(x)
         if self.replicates and not self.state.inner and any(self.padding):
             x = F.pad(x, [self.padding[1]] * 2 + [self.padding[0]] * 2, mode="replicate")
-        if not self.onednn:
+        if self.state.integers and self.onednn and groups == 1 and min(weight.shape[:2]) >= SMALLEST:
+            x = _joined([self._in_integers(image, weight, bias, padding) for image in x.split(1)])
+        elif not self.onednn:
             x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             if self.slope is not None:
                 x = F.leaky_relu_(x, self.slope) if self.slope else F.relu_(x)
@@ -186,6 +226,45 @@ class _Convolution(nn.Module):
             )
         self.state.widest = max(self.state.widest, x.nbytes // x.shape[0])
         return x
+
+    def _folds(self, x: torch.Tensor, padding: Sequence[int]) -> bool:
+        """Whether to scale the weights instead of the image; integers have to be made of them anew then."""
+        smaller = self.weight.numel() * (8 if self.state.integers else 1) < x.numel()
+        return x.shape[0] == 1 and smaller and self.scale.can_be_folded(padding, self.geometry[2])
+
+    def _in_integers(self, image: torch.Tensor, weight: torch.Tensor, bias, padding: Sequence[int]) -> torch.Tensor:
+        """Of one image (1, C, H, W), by 8-bit integers: 255 steps for its range, 254 for a kernel's; fp32 result."""
+        stride, dilation, groups = self.geometry
+        low, high = min(float(image.amin()), 0.0), max(float(image.amax()), 0.0)
+        step = max(high - low, 1e-12) / 255
+        if not math.isfinite(step):  # of a diverged network, say: the result is not finite either
+            x = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
+            return x if self.slope is None else F.leaky_relu_(x, self.slope)
+        zero = round(-low / step)
+        levels = torch.quantize_per_tensor(image, step, zero, torch.quint8)
+        levels = torch.empty(0, dtype=torch.uint8).set_(
+            levels.untyped_storage(), 0, levels.size(), levels.stride()
+        )  # without the copy that int_repr makes
+        if weight is not self.weight:
+            packed = self._quantize(weight, levels, padding)
+        else:
+            packed = self.quantized = self.quantized or self._quantize(weight, levels, padding)
+        weight, steps, zeros = packed
+        x = torch.ops.onednn.qconv2d_pointwise(
+            levels, step, zero, weight, steps, zeros, bias, stride, padding, dilation, groups,
+            1.0, 0, torch.float32, "relu" if self.slope == 0 else "none", [], "",
+        )  # fmt: skip
+        return F.leaky_relu_(x, self.slope) if self.slope else x
+
+    def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int]):
+        """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies."""
+        stride, dilation, groups = self.geometry
+        steps = weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12) / 127
+        signed = (weight / steps.view(-1, 1, 1, 1)).round_().to(torch.int8)
+        packed = torch.ops.onednn.qconv_prepack(
+            signed, steps, 1.0, 0, stride, padding, dilation, groups, list(image.shape)
+        )
+        return packed, steps, torch.zeros(len(steps), dtype=torch.long)
 
     def _pack(self, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
         """Weights in the order that oneDNN computes with, for inputs of this size."""
@@ -304,6 +383,23 @@ def _pads_otherwise(module: nn.Module) -> bool:
     return module.padding_mode not in ("zeros", "replicate") or isinstance(module.padding, str)
 
 
+def _tiles(module: nn.ConvTranspose2d) -> bool:
+    """Whether each pixel becomes a square of its own."""
+    edge = module.stride[0]
+    sizes = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
+    return module.groups == 1 and sizes == ((edge, edge), (edge, edge), (0, 0), (0, 0), (1, 1))
+
+
+def _as_convolution(module: nn.ConvTranspose2d) -> nn.Conv2d:
+    """The 1x1 convolution whose channels are the pixels of the squares: two to five times faster in oneDNN."""
+    n = module.stride[0] ** 2
+    convolution = nn.Conv2d(module.in_channels, module.out_channels * n, 1, bias=module.bias is not None)
+    convolution.weight = nn.Parameter(module.weight.detach().permute(1, 2, 3, 0).reshape(-1, module.in_channels, 1, 1))
+    if module.bias is not None:
+        convolution.bias = nn.Parameter(module.bias.detach().repeat_interleave(n))
+    return convolution
+
+
 def _drops(layer: nn.Module) -> bool:
     """Whether a layer applies a mask, itself or inside."""
     return any(isinstance(m, _Scale) or isinstance(m, _InstanceNorm) and m.dropout is not None for m in layer.modules())
@@ -363,6 +459,10 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
         return module
     if type(module).forward is nn.Sequential.forward or type(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
         return _fuse_sequence([module], state, dtype)
+    if type(module) is nn.ConvTranspose2d and _tiles(module):
+        return nn.Sequential(
+            _Convolution(_as_convolution(module), None, state, dtype), nn.PixelShuffle(module.stride[0])
+        )
     for name, child in module.named_children():
         setattr(module, name, _fuse(child, state, dtype))
     return module
@@ -377,7 +477,10 @@ class FusedNetwork:
 
     Args:
         network: an eager network, see :func:`can_be_fused`.
-        amp: bf16 where the device is fast at it.
+        amp: bf16 or 8-bit integers, where the device is fast at them, see :func:`precision`.
+
+    Attributes:
+        precision: what its convolutions are computed in.
     """
 
     def __init__(self, network: nn.Module, amp: bool) -> None:
@@ -385,7 +488,9 @@ class FusedNetwork:
         self.border = getattr(network, "border", 0)
         self.amp = amp
         tensors = [*network.parameters(), *network.buffers()]
-        dtype = torch.bfloat16 if amp and tensors and reduced_precision(tensors[0].device) else torch.float32
+        self.precision = precision(tensors[0].device) if amp and tensors else "fp32"
+        self.state.integers = self.precision == "int8"
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.network = _fuse(copy.deepcopy(network, {id(t): t for t in tensors}).eval(), self.state, dtype)
 
     @property
@@ -432,6 +537,8 @@ class SequentialNetwork:
 
     def __init__(self, network: nn.Module, amp: bool) -> None:
         self.network = network
+        tensor = next(network.parameters(), torch.empty(0))
+        self.precision = "bf16" if amp and reduced_precision(tensor.device) else "fp32"
         self.border = getattr(network, "border", 0)
         self.amp = amp
 

@@ -8,6 +8,7 @@ from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Compose, Invertd
 from scipy.stats import entropy
 from torch import nn
+from torch.nn import functional as F
 
 from cardiac_qc_plugin import inferers
 from cardiac_qc_plugin import sampling as sampling_module
@@ -656,6 +657,116 @@ def test_samples_in_bf16_stay_close(name, monkeypatch):
     fast = infer(volume, network, samples=6, amp=True)
     assert not torch.equal(fast, exact)
     assert (fast - exact)[:, :5].abs().max() < 0.08 and (fast - exact)[:, :5].abs().mean() < 0.01
+
+
+integers = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="8-bit convolutions need AVX512-VNNI")
+
+
+@pytest.fixture
+def no_bf16(monkeypatch):
+    """As on a CPU that has AVX512-VNNI, and no AMX."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+class ConvolutionOfIntegers(nn.Module):
+    """By the definition, in integers: 255 steps for an image's range, 254 for a kernel's."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.of = convolution
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+        step = (high - low) / 255
+        zero = round(-low / step)
+        levels = ((x.double() / step).round() + zero).clamp(0, 255) - zero
+        steps = self.of.weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+        weight = (self.of.weight / steps).round()
+        sums = F.conv2d(levels, weight.double(), None, self.of.stride, self.of.padding, self.of.dilation)
+        return (sums * step * steps.view(1, -1, 1, 1) + self.of.bias.view(1, -1, 1, 1)).float()
+
+
+@integers
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.01)])
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"padding": 2, "dilation": 2}, {"stride": 2}])
+@pytest.mark.parametrize("low", [0.0, -0.3, -2.0])
+def test_convolution_in_integers(low, geometry, activation, no_bf16):
+    """Equal to the definition but for rounding, and within the steps' size of the exact result."""
+    torch.manual_seed(7)
+    convolution = nn.Conv2d(16, 24, 3, **geometry)
+    x = low + 2 * torch.rand(1, 16, 20, 17)
+    with torch.no_grad():
+        fused = sampling_module.FusedNetwork(nn.Sequential(convolution, activation), amp=True)
+        result = fused.deterministic(x, [0], "whole")
+        expected, exact = activation(ConvolutionOfIntegers(convolution)(x)), activation(convolution(x))
+    assert fused.precision == "int8"
+    # a value between two steps may be rounded to either of them
+    torch.testing.assert_close(result, expected, rtol=0, atol=2 * (2 / 255) * convolution.weight.abs().max().item())
+    assert (result - expected).abs().mean() < 1e-3 < (exact - expected).abs().max()
+    assert (result - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@integers
+@pytest.mark.parametrize("region", ["whole", "heart"])
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_samples_in_integers_stay_close(name, region, no_bf16, window):
+    """Five times closer to the exact maps of the same masks than those are to another seed's."""
+    torch.manual_seed(8)
+    options = {"dn": {}, "drn": {}, "unet": {"features": (16, 16, 32)}}[name]
+    network = {"dn": DilatedCNN, "drn": DilatedResNet22, "unet": BayesianUNet}[name](**options).eval()
+    volume = stack(1, 1, 64, 96, 2)
+    exact, other = (infer(volume, network, samples=4, region=region, seed=seed) for seed in (0, 1))
+    inferer = MCDropoutSliceInferer(samples=4, region=region)
+    fast = inferer(volume, network)
+    assert inferer.precision == "int8" and not torch.equal(fast, exact)
+    rows, cols = window
+    fast, exact, other = (maps[:, :6, rows, cols] for maps in (fast, exact, other))
+    assert 5 * (fast - exact)[:, :5].abs().mean() < (other - exact)[:, :5].abs().mean()
+    assert (fast - exact)[:, 5].abs().mean() < 0.01
+
+
+@integers
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_maps_in_integers_do_not_depend_on_the_batch(name, no_bf16):
+    """But for rounding: batch normalization goes into a single image's weights, and into a batch's images."""
+    torch.manual_seed(9)
+    network = {"dn": DilatedCNN, "drn": DilatedResNet22, "unet": BayesianUNet}[name]().eval()
+    volume = stack(1, 1, 32, 48, 3) * torch.tensor([1.0, 0.2, 0.6])
+    together, alone = (infer(volume, network, samples=3, amp=True, sw_batch_size=size) for size in (5, 1))
+    torch.testing.assert_close(together[:, :6], alone[:, :6], rtol=0, atol=0.01)
+    first = infer(volume[..., :1], network, samples=3, amp=True)
+    torch.testing.assert_close(infer(volume, network, samples=3, amp=True)[..., :1], first, rtol=0, atol=0)
+
+
+@integers
+def test_diverged_network_gives_nan_in_integers_too(no_bf16):
+    network = DilatedResNet22()
+    for parameter in network.parameters():
+        parameter.data.fill_(torch.inf)
+    assert infer(stack(1, 1, 16, 16, 1), network, samples=0, amp=True).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("amx", "vnni", "expected"), [(True, True, "bf16"), (False, True, "int8"), (False, False, "fp32")]
+)
+def test_precision_follows_the_instructions(amx, vnni, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    assert sampling_module.precision(CPU) == expected
+    inferer = MCDropoutSliceInferer(samples=0, amp=False)
+    inferer(stack(1, 1, 8, 8, 1), small_network())
+    assert inferer.precision == "fp32"
+
+
+@pytest.mark.parametrize("edge", [1, 2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_transposed_convolution_that_tiles_is_a_convolution(edge, bias):
+    torch.manual_seed(10)
+    network = nn.Sequential(nn.ConvTranspose2d(2, 3, edge, stride=edge, bias=bias), nn.Dropout2d(0.5))
+    x = stack(2, 2, 5, 7)
+    with torch.no_grad():
+        fused = sampling_module.FusedNetwork(network, amp=False)
+        torch.testing.assert_close(fused.deterministic(x, [0, 1], "whole"), network[0](x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fast", [False, True])

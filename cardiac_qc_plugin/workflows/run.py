@@ -122,6 +122,7 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
         "map": bundle.config["map"],
         "samples": bundle.config["samples"],
         "seed": bundle.config["seed"],
+        "precision": bundle.inferer.precision,
         **result["result"],
         "volume_ml": structure_volumes(labels, volume.spacing),
         "slice_level": slice_levels(labels),

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
+from cardiac_qc_plugin.memory import keep_memory
+
 from ..files import read_json, write_json
 
 if sys.platform == "linux":
@@ -62,6 +64,7 @@ def training_step(configs: list[str], settings: dict[str, Any]) -> dict[str, Any
         ``seconds`` (median of a step, after one to warm up), ``data``, ``forward``, ``backward`` and ``optimizer``
         (each part's median), ``memory_gb``, ``device`` and ``threads``.
     """
+    keep_memory()  # as every training does
     parser = ConfigParser()
     parser.read_config(configs)
     parser.update(settings)
