@@ -153,4 +153,5 @@ class EnsembleSegmenter:
         data = PairwiseDiced("votes", len(preds), self.class_names)(votes)
         data["result"]["members"] = list(self.members)
         first = next(iter(self.members.values()))
+        self.inferer.precision = first.predictor.inferer.precision
         return first.labelling({**data, "pred": maps["probabilities"]})
