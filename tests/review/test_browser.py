@@ -149,7 +149,7 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     assert audit["reviewers"] == ["Dr A"] and audit["voxels_changed"] == changed.sum() and 0 < audit["seconds"] < 600
     page.click("text=All cases")
     page.wait_for_selector("#worklist:not([hidden])")
-    assert "1 of 2 cases" in page.text_content("#totals")
+    page.wait_for_selector("#totals:has-text('1 of 2 cases')")  # which the server counts after the list has appeared
     assert not screen.complaints
 
 
