@@ -24,7 +24,7 @@ __all__ = [
 
 # what torch.compile uses: a convolution with its activation and packed weights; builds without oneDNN have none
 convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-# PyTorch's successor to this function takes five times as long
+# multiplying, rounding and converting instead takes five times as long
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
 SMALLEST = 16  # channels in and out from which on 8-bit integers pay
 _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
