@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,17 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def one_at_a_time() -> Callable[[Callable[[], Any]], Any]:
+    """A function that calls what it is given, for one thread at a time."""
+    free = threading.Lock()
+
+    def compute(work: Callable[[], Any]) -> Any:
+        with free:
+            return work()
+
+    return compute
+
+
 class BundlePredictor:
     """Runs the parts of a bundle's ``configs/inference.json`` on one case after another, without writing files.
 
@@ -54,6 +65,7 @@ class BundlePredictor:
         overrides: entries of the config to replace, by id (``samples=20``).
 
     Attributes:
+        compute: runs the network's part of a case: in the calling thread, one case at a time.
         config: the parsed configuration, a :class:`monai.bundle.ConfigParser`.
         version: version in the bundle's metadata.
         digest: digest of configuration, overrides and weights: equal digests give equal results.
@@ -92,7 +104,7 @@ class BundlePredictor:
         self.network = self._get("network").eval()
         self.preprocessing = self._get("preprocessing")
         self.inferer = self._get("inferer")
-        self.network_free = threading.Lock()
+        self.compute = one_at_a_time()
         steps = self._get("postprocessing").transforms
         self.postprocessing = Compose([step for step in steps if not isinstance(step, SaveImage | SaveImaged)])
 
@@ -120,12 +132,16 @@ class BundlePredictor:
             data = self.preprocessing(case)
         except RuntimeError as error:
             raise ValueError(str(root_cause(error))) from error
-        with self.network_free:
-            data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
-            if hasattr(self.inferer, "sample_areas"):
-                data["sample_areas"] = self.inferer.sample_areas
+        data |= self.compute(lambda: self._infer(data["image"]))
         with torch.no_grad():
             return self.postprocessing(data)
+
+    def _infer(self, image: torch.Tensor) -> dict[str, Any]:
+        """The network's part of a case."""
+        result = {"pred": self.inferer(image[None].to(self.device), self.network)[0].cpu()}
+        if hasattr(self.inferer, "sample_areas"):
+            result["sample_areas"] = self.inferer.sample_areas
+        return result
 
 
 class SegmentWithBundled(Transform):

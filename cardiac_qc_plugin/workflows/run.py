@@ -1,11 +1,8 @@
 """From scans to flagged regions: segment, detect, report (see docs/architecture.md)."""
 
 import hashlib
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +25,7 @@ from cardiac_qc_plugin.transforms.spatial import spacing_of
 from .calibrate import promised_threshold
 from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
 from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_csv, write_json, write_like
+from .overlap import Overlap
 from .table import write_table_of_run
 
 __all__ = ["CaseFailures", "load_predictors", "run"]
@@ -300,25 +298,26 @@ def each_scan(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Process scans, with progress; returns the finished cases, and (case, reason) of the others, in their order.
 
-    Two scans are under way at a time: one is read, or its results are written, while the network works on the other.
+    Two scans are under way at a time, see :class:`~cardiac_qc_plugin.workflows.overlap.Overlap`.
     """
     cases, failures = [], []
-    pool, stopped = ThreadPoolExecutor(2, "scan"), threading.Event()
-    with tqdm(total=len(scans), unit="scan", bar_format="{l_bar}{bar}| {n:.1f}/{total} {elapsed}<{remaining}") as bar:
+    bundles = [bundle for bundle in predictors if bundle is not None]
+    inferer = predictors[0].inferer
+    with (
+        tqdm(total=len(scans), unit="scan", bar_format="{l_bar}{bar}| {n:.1f}/{total} {elapsed}<{remaining}") as bar,
+        Overlap(bundles) as overlap,
+    ):
 
         def advance(share: float) -> None:
-            if stopped.is_set():
-                raise InterruptedError
             done = len(cases) + len(failures)
             bar.update(max(done + share - bar.n, 0))
 
-        inferer = predictors[0].inferer
         before, inferer.progress = inferer.progress, advance
         try:
-            for scan, work in in_order(pool, scans, lambda scan: run_case(scan, output, predictors, accepted)):
+            for scan, wait in overlap.map(lambda scan: run_case(scan, output, predictors, accepted), scans):
                 bar.set_description(scan.case)
                 try:
-                    cases.append(work.result())
+                    cases.append(wait())
                 except OutputError:  # no later case could be written either
                     raise
                 except ValueError as error:
@@ -326,23 +325,9 @@ def each_scan(
                 except Exception as error:  # a case that breaks in an unforeseen way must not stop the cohort
                     failures.append((scan.case, f"{type(error).__name__}: {error}"))
                 advance(0.0)
-        finally:  # after an interruption, a case under way ends at the network's next pass
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+        finally:
             inferer.progress = before
     return cases, failures
-
-
-def in_order(
-    pool: ThreadPoolExecutor, scans: Iterable[Scan], work: Callable[[Scan], dict[str, Any]]
-) -> Iterator[tuple[Scan, Future[dict[str, Any]]]]:
-    """Each scan with its work under way, in the order of the scans; the next scan is given to the pool before that."""
-    waiting: deque[tuple[Scan, Future[dict[str, Any]]]] = deque()
-    for scan in scans:
-        waiting.append((scan, pool.submit(work, scan)))
-        if len(waiting) > 1:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def preview_cines(
