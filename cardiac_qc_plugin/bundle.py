@@ -70,6 +70,7 @@ class BundlePredictor:
         version: version in the bundle's metadata.
         digest: digest of configuration, overrides and weights: equal digests give equal results.
         weights_sha256: digest of the weights.
+        network: with its weights; what was made of them for the inferer does not follow a change.
         promise: what is promised of a detector's threshold, for the record; None for the bundle's operating point.
 
     Raises:
@@ -104,6 +105,7 @@ class BundlePredictor:
         self.network = self._get("network").eval()
         self.preprocessing = self._get("preprocessing")
         self.inferer = self._get("inferer")
+        self.prepared = self.inferer.prepare(self.network) if hasattr(self.inferer, "prepare") else self.network
         self.compute = one_at_a_time()
         steps = self._get("postprocessing").transforms
         self.postprocessing = Compose([step for step in steps if not isinstance(step, SaveImage | SaveImaged)])
@@ -138,7 +140,7 @@ class BundlePredictor:
 
     def _infer(self, image: torch.Tensor) -> dict[str, Any]:
         """The network's part of a case."""
-        result = {"pred": self.inferer(image[None].to(self.device), self.network)[0].cpu()}
+        result = {"pred": self.inferer(image[None].to(self.device), self.prepared)[0].cpu()}
         if hasattr(self.inferer, "sample_areas"):
             result["sample_areas"] = self.inferer.sample_areas
         return result

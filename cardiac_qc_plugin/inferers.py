@@ -121,9 +121,8 @@ class MCDropoutSliceInferer(Inferer):
         self.sample_areas: torch.Tensor | None = None
         self.precision: str | None = None
 
-    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
-        if inputs.ndim not in (4, 5):
-            raise ValueError(f"Expected (B, C, H, W, D) or (D, C, H, W), got shape {tuple(inputs.shape)}.")
+    def prepare(self, network: nn.Module) -> FusedNetwork | SequentialNetwork:
+        """What each call makes of a network. Calls take it instead, as long as the weights stay as they are."""
         if self.samples > 0 and not dropout_modules(network):
             raise ValueError(
                 f"{type(network).__name__} has no dropout module, so there is nothing to sample. "
@@ -131,10 +130,19 @@ class MCDropoutSliceInferer(Inferer):
             )
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
+        with torch.no_grad():
+            return (FusedNetwork if can_be_fused(network) else SequentialNetwork)(network, self.amp)
+
+    def __call__(
+        self, inputs: torch.Tensor, network: nn.Module | FusedNetwork | SequentialNetwork, *args, **kwargs
+    ) -> torch.Tensor:
+        if inputs.ndim not in (4, 5):
+            raise ValueError(f"Expected (B, C, H, W, D) or (D, C, H, W), got shape {tuple(inputs.shape)}.")
+        passes = network if isinstance(network, FusedNetwork | SequentialNetwork) else self.prepare(network)
         inputs = inputs.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
         stacks = inputs[None] if inputs.ndim == 4 else inputs.movedim(-1, 1)
         with torch.no_grad():
-            passes = (FusedNetwork if can_be_fused(network) else SequentialNetwork)(network, self.amp)
+            passes.begin()
             self.precision = passes.precision
             parts = [self._maps(stack, passes, self._report(i, len(stacks))) for i, stack in enumerate(stacks)]
         maps, areas = zip(*parts, strict=True)

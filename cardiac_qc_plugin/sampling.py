@@ -493,6 +493,15 @@ class FusedNetwork:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.network = _fuse(copy.deepcopy(network, {id(t): t for t in tensors}).eval(), self.state, dtype)
 
+    def begin(self) -> None:
+        """Forget all of earlier images: nothing of what follows depends on them, to the last bit."""
+        self.forget()
+        self.state.statistics.clear()
+        self.state.widest = 0
+        for module in self.network.modules():
+            if isinstance(module, _Convolution):
+                module.packed = None  # the order of fp32 sums; those of integers are exact
+
     @property
     def widest(self) -> int:
         """Most bytes of a layer's output for one image, in the passes so far."""
@@ -562,6 +571,9 @@ class SequentialNetwork:
     def _pass(self, images: torch.Tensor, inner: bool) -> torch.Tensor:
         logits = forward(self.network, images, self.amp)
         return F.pad(logits, [-self.border] * 4) if inner else logits
+
+    def begin(self) -> None:
+        pass
 
     def forget(self) -> None:
         pass

@@ -404,6 +404,18 @@ def test_outside_the_region_is_the_pass_without_dropout(name, window):
     torch.testing.assert_close(areas.sum(dim=1).float() / 3, result[0, 6:].sum(dim=(1, 2)).T, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_prepared_network_remembers_nothing_of_other_scans(name, amp, window):
+    network, inferer = wide_network(name), MCDropoutSliceInferer(samples=2, region="heart", amp=amp)
+    prepared = inferer.prepare(network)
+    large, small = stack(1, 1, 96, 112, 3), stack(1, 1, 64, 96, 2)
+    inferer(large, prepared)
+    torch.testing.assert_close(inferer(small, prepared), inferer(small, network), rtol=0, atol=0)
+    inferer.region = "whole"
+    torch.testing.assert_close(inferer(large, prepared), inferer(large, network), rtol=0, atol=0)
+
+
 def test_window_around_the_heart():
     probabilities = torch.zeros(3, 4, 100, 120)
     probabilities[:, 0] = 1
