@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from ignite.engine import Engine
+from monai.engines import IterationEvents
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric, do_metric_reduction
 from monai.utils import convert_to_numpy
@@ -10,7 +12,26 @@ from monai.utils import convert_to_numpy
 from .metrics.segmentation import dice_and_hausdorff
 from .transforms.spatial import spacing_of
 
-__all__ = ["HausdorffDistance"]
+__all__ = ["GradientClipping", "HausdorffDistance"]
+
+
+class GradientClipping:
+    """Shrink the gradient to a largest norm before each step of a :class:`monai.engines.SupervisedTrainer`.
+
+    For a trainer without MONAI's ``amp``, which scales gradients.
+
+    Args:
+        max_norm: largest Euclidean norm of the gradient of all parameters together.
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
 
 
 class StructureHausdorff(CumulativeIterationMetric):

@@ -104,7 +104,7 @@ def test_training_and_inference_agree(bundle):
 
 
 def test_segmentation_bundles_differ_in_network_and_regime_only():
-    own = {"network_def", "patch_size", "loss", "learning_rate"}
+    own = {"network_def", "patch_size", "loss", "learning_rate", "max_grad_norm"}
     for name in ("train", "inference"):
         first, *others = ({k: v for k, v in config(bundle, name).items() if k not in own} for bundle in SEGMENTATION)
         assert all(other == first for other in others)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
+from monai.engines import SupervisedTrainer
 from monai.handlers import from_engine
 from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import average_precision_score
 
-from cardiac_qc_plugin.handlers import HausdorffDistance
+from cardiac_qc_plugin.handlers import GradientClipping, HausdorffDistance
 from cardiac_qc_plugin.transforms import crop_box, paint_regions
 from cardiac_qc_plugin.workflows.operating_point import RegionAveragePrecision
 
@@ -83,3 +84,20 @@ def test_region_average_precision_equals_scikit_learn():
     value = measure(metric, outputs).metrics["metric"]
     expected = average_precision_score(np.ravel(failing), np.ravel(probabilities).astype(np.float32))
     assert value == pytest.approx(expected) and len(metric.volumes) == 3
+
+
+@pytest.mark.parametrize(("max_norm", "step"), [(None, [3.0, 4.0]), (6.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
+def test_gradient_is_shrunk_before_the_step(max_norm, step):
+    """The loss is the product of weights and inputs, so that the gradient is the input: (3, 4), of norm 5."""
+    network = torch.nn.Linear(2, 1, bias=False)
+    before = network.weight.detach().clone()
+    SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": torch.tensor([[3.0, 4.0]]), "label": torch.zeros(1)}],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=lambda prediction, label: prediction.sum(),
+        train_handlers=[] if max_norm is None else [GradientClipping(max_norm)],
+    ).run()
+    torch.testing.assert_close((before - network.weight.detach())[0], torch.tensor(step))
