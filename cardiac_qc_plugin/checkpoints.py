@@ -90,7 +90,8 @@ class EpochCheckpoint:
 
     Args:
         folder: where ``checkpoint.pt`` goes; made at the first checkpoint.
-        state: objects with a ``state_dict``, by the name that MONAI's ``CheckpointLoader`` will look for.
+        state: objects with a ``state_dict``, by the name that MONAI's ``CheckpointLoader`` will look for; the network
+            is ``"model"``.
         seed: epoch n draws its random numbers from ``seed`` + n, and from another one in each further process.
     """
 
@@ -109,7 +110,17 @@ class EpochCheckpoint:
         set_determinism(self.seed + engine.state.epoch + 100_003 * idist.get_rank())
 
     def save(self, engine: Engine) -> None:
-        """Write the checkpoint, in the first process."""
+        """Write the checkpoint, in the first process; end a training that has diverged, in all of them.
+
+        Raises:
+            ValueError: if the entry ``"model"`` has values that are not finite.
+        """
+        if not all(value.isfinite().all() for value in self.state["model"].state_dict().values()):
+            raise ValueError(
+                f"The training diverged in epoch {engine.state.epoch}: weights are infinite or NaN. Remove {self.folder}, "
+                "which is of the epoch before, and train with a lower learning_rate, or with max_grad_norm 1 where the "
+                "bundle has that setting."
+            )
         if idist.get_rank() > 0:
             return
         state = {name: entry.state_dict() for name, entry in self.state.items()}

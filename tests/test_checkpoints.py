@@ -4,9 +4,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
-from cardiac_qc_plugin.checkpoints import load_weights, save_weights
+from cardiac_qc_plugin.checkpoints import EpochCheckpoint, load_weights, save_weights
 from cardiac_qc_plugin.networks import DilatedCNN
 
 
@@ -81,6 +82,22 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
     with pytest.raises(ValueError, match="layers.5.running_var"):
         save_weights(net, tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_diverged_training_ends_at_the_epoch_and_keeps_the_checkpoint_before(value, tmp_path):
+    net = network()
+
+    def step(engine, batch):
+        if engine.state.epoch == 2:
+            net.layers[0].bias.data[1] = value
+
+    trainer = Engine(step)
+    EpochCheckpoint(tmp_path, {"model": net}, seed=0).attach(trainer)
+    with pytest.raises(ValueError, match="diverged in epoch 2.*learning_rate"):
+        trainer.run([0, 1], max_epochs=5)
+    load_weights(network(seed=1), tmp_path / "checkpoint.pt")
+    assert torch.load(tmp_path / "checkpoint.pt")["model"]["layers.0.bias"].isfinite().all()
 
 
 def test_trainers_checkpoint_is_read(tmp_path):
