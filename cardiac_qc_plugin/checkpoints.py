@@ -117,7 +117,7 @@ class EpochCheckpoint:
         """
         if not all(value.isfinite().all() for value in self.state["model"].state_dict().values()):
             raise ValueError(
-                f"The training diverged in epoch {engine.state.epoch}: weights are infinite or NaN. Remove {self.folder}, "
+                f"The training diverged in epoch {engine.state.epoch}: weights are not finite. Remove {self.folder}, "
                 "which is of the epoch before, and train with a lower learning_rate, or with max_grad_norm 1 where the "
                 "bundle has that setting."
             )
