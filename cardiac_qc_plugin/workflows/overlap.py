@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from cardiac_qc_plugin.bundle import BundlePredictor
 
@@ -15,6 +16,12 @@ __all__ = ["Overlap"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def compute_on_one_core() -> None:
+    """In this thread; ``torch.set_num_threads`` would decide for threads that start later, too."""
+    torch.get_num_threads()  # the first call in a thread sets its number
+    threadpool_limits(1, user_api="openmp")
 
 
 class Overlap:
@@ -41,8 +48,7 @@ class Overlap:
         self.closed = False
 
     def __enter__(self) -> "Overlap":
-        self.threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(2, "case", initializer=torch.set_num_threads, initargs=(1,))
+        self.pool = ThreadPoolExecutor(2, "case", initializer=compute_on_one_core)
         self.before = [predictor.compute for predictor in self.predictors]
         for predictor in self.predictors:
             predictor.compute = self.compute
@@ -58,7 +64,6 @@ class Overlap:
         self.pool.shutdown(cancel_futures=True)
         for predictor, before in zip(self.predictors, self.before, strict=True):
             predictor.compute = before
-        torch.set_num_threads(self.threads)  # what threads started later would have, too
 
     def map(self, work: Callable[[T], R], cases: Iterable[T]) -> Iterator[tuple[T, Callable[[], R]]]:
         """Each case, in order, with a function that waits for its result (and raises what the work raised)."""
