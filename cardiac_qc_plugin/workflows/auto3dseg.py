@@ -1,6 +1,7 @@
 """MONAI's Auto3DSeg over a datalist with our algorithm templates, and its ensemble as a stage of the pipeline."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,16 @@ class EnsembleSegmenter:
         self.inferer = SimpleNamespace(progress=lambda share: None)  # the pipeline puts its progress bar here
         self.weights_sha256 = digest(*(predictor.weights_sha256 for predictor in predictors))
         self.digest = digest(*(predictor.digest for predictor in predictors))
+
+    @property
+    def compute(self) -> Callable[[Callable[[], Any]], Any]:
+        """What runs the members' networks, see :class:`..bundle.BundlePredictor`; the same for all."""
+        return next(iter(self.members.values())).predictor.compute
+
+    @compute.setter
+    def compute(self, value: Callable[[Callable[[], Any]], Any]) -> None:
+        for member in self.members.values():
+            member.predictor.compute = value
 
     def __call__(self, case: dict[str, str]) -> dict[str, Any]:
         """Labels, maps ``(1, H, W, D)`` and ``"result"`` of a case, as :class:`..bundle.BundlePredictor` has them."""
