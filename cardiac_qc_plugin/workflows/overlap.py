@@ -29,10 +29,10 @@ class Overlap:
 
     The networks of both run in the thread that waits for the results, all other threads compute on one core: OpenMP
     keeps threads of its own for every thread that computes, and as soon as they are more than there are cores they
-    sleep at every barrier. A network that takes 2.5 s in the main thread takes 4.9 s in another.
+    sleep at every barrier: a network takes twice as long in another thread than the main one (docs/performance.md).
 
     Args:
-        predictors: bundles whose networks the cases use.
+        predictors: bundles whose networks the cases use, and nobody else meanwhile.
 
     Example::
 
