@@ -535,6 +535,7 @@ def reproduce(
     ablations: tuple | str = (),
     members: int = 5,
     tracking: str | None = None,
+    trained: str | None = None,
     budget_minutes: float | None = None,
     dry_run: bool = False,
     datalist: str | None = None,
@@ -567,6 +568,8 @@ def reproduce(
             detector_maps, ensemble, snapshots.
         members: networks of an ensemble.
         tracking: mlflow to track the trainings, or a file with settings for it.
+        trained: folder with weights that were trained elsewhere, laid out as the output (docs/reproduce.md); what it
+            has is taken instead of trained.
         budget_minutes: stop after so many minutes; the same command goes on.
         dry_run: print the plan, with a measured time, and do nothing.
         datalist: datalist with folds, instead of the bundles'.
@@ -598,6 +601,7 @@ def reproduce(
         ablations=_listed(ablations),
         members=members,
         tracking=tracking,
+        trained=Path(trained).resolve() if trained else None,
         datalist=Path(datalist).resolve() if datalist else None,
         device=device,
         bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,

@@ -223,11 +223,11 @@ def ablations_text(rows: Sequence[Row]) -> str:
 
 def trainings_text(rows: Sequence[Row]) -> str:
     """What each training took."""
-    lines = [
-        [row["training"], row["regime"], f"{row['iterations']} of {row['of']}", number(row["hours"], 2)]
-        + ["yes" if row["finished"] else "no"]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        budget = [f"{row['iterations']} of {row['of']}", number(row["hours"], 2), "yes" if row["finished"] else "no"]
+        elsewhere = row["iterations"] is None
+        lines.append([row["training"], row["regime"], *(["", "", ""] if elsewhere else budget)])
     return markdown(["", "regime", "iterations", "hours", "finished"], lines) if lines else "None."
 
 

@@ -328,6 +328,30 @@ def test_what_is_shipped_learns_from_all(settings, grid, world):
     assert any(np.isclose(values, point["threshold"], atol=1e-6).any() for values in probabilities)
 
 
+def test_weights_that_were_trained_elsewhere(settings, grid, world):
+    """They are taken as they are: nothing is trained, and no patient is segmented for a training."""
+    given, output = world / "given", world / "taken"
+    for folder in ("drn_ce/fold0/segmentation", "drn_ce/fold0/bmap/in_sample/detector"):
+        shutil.copytree(settings.output / folder, given / folder)
+    taking = replace(settings, output=output, folds=(0,), iterations=3, trained=given)
+    outcome = reproduce(taking)
+    assert "6 stages carried out" in outcome.text and not outcome.failures
+    assert not list(output.glob("**/loss.csv")) and not (output / "drn_ce/fold0/bmap/training").exists()
+    for name in ("failure_probability", "segmentation"):
+        paths = [root / RUN.format(0) / "in_sample/detected" for root in (settings.output, output)]
+        first, second = (sorted(path.glob(f"*/{name}.nii.gz")) for path in paths)
+        assert [read_volume(p).data.tolist() for p in first] == [read_volume(p).data.tolist() for p in second] != []
+    assert "| drn_ce/fold0/segmentation | trained elsewhere |  |  |  |" in (output / "results.md").read_text()
+
+    assert "0 stages carried out" in reproduce(taking).text
+    point = given / "drn_ce/fold0/bmap/in_sample/detector/model_operating_point.json"
+    write_json(point, read_json(point) | {"threshold": 0.5})
+    assert "4 stages carried out" in reproduce(taking).text  # the detector, and what comes after it
+    point.unlink()
+    with pytest.raises(ValueError, match="model_operating_point.json: no such file, but it belongs to the model.pt"):
+        reproduce(taking)
+
+
 def test_detectors_learn_from_out_of_fold_maps_where_all_folds_are_there(settings):
     auto = replace(settings, detector_maps="auto")
     assert auto.detector.maps == "out_of_fold" and replace(auto, folds=(1,)).detector.maps == "in_sample"
@@ -342,6 +366,7 @@ def test_detectors_learn_from_out_of_fold_maps_where_all_folds_are_there(setting
         ({"detector_maps": "out_of_fold", "folds": (0,)}, "need the networks of all folds: give --folds 0,1"),
         ({"ablations": ("detector_maps",), "folds": (1,)}, "need the networks of all folds: give --folds 0,1"),
         ({"members": 1}, "--members is 2 or more"),
+        ({"trained": Path("nowhere")}, "--trained nowhere: no such folder, or no model.pt in it"),
     ],
 )
 def test_settings_that_cannot_be(settings, change, message):

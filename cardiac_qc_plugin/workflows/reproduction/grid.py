@@ -25,6 +25,8 @@ from .stage_work import (
     inference_digest,
     pool_operating_point,
     segment_scans,
+    take_digests,
+    take_weights,
     train_network,
 )
 from .stages import Stage
@@ -90,6 +92,8 @@ class Settings:
         ablations: of `ABLATIONS`.
         members: networks of an ensemble, trained from different seeds.
         tracking: ``"mlflow"`` to track the trainings with it, by MONAI's own settings; or a file with others.
+        trained: folder with weights that were trained elsewhere, laid out as the output of a reproduction
+            (``drn_ce/fold0/segmentation/model.pt``); what it has is taken instead of trained.
         datalist: with folds; by default the bundles' ``acdc_folds.json``.
         device: ``"auto"`` or a torch device.
         bundle_dir: folder of the bundles; by default the repository's.
@@ -112,6 +116,7 @@ class Settings:
     ablations: tuple[str, ...] = ()
     members: int = 5
     tracking: str | None = None
+    trained: Path | None = None
     datalist: Path | None = None
     device: str = "auto"
     bundle_dir: Path | None = None
@@ -137,6 +142,10 @@ class Settings:
             raise ValueError(f"Out-of-fold detector maps need the networks of all folds: give --folds {listed}.")
         if self.members < 2:
             raise ValueError(f"--members is 2 or more, got {self.members}.")
+        if self.trained and not any(self.trained.glob("**/model.pt")):
+            raise ValueError(
+                f"--trained {self.trained}: no such folder, or no model.pt in it. docs/reproduce.md lays it out."
+            )
 
     @property
     def has_all_folds(self) -> bool:
@@ -228,7 +237,10 @@ class Grid:
         return self.stages.setdefault(name, Stage(self.settings.output, name, **arguments))
 
     def training(self, name: str, bundle: Path, iterations: int | None, own: dict, needs: tuple, **paths: Any) -> Stage:
-        """A stage that trains by a bundle's ``train.json``; `own` are settings that are part of the digest."""
+        """A stage that trains by a bundle's ``train.json``, or takes what is trained.
+
+        `own` are settings that are part of the digest.
+        """
         configs = config_files(bundle, self.settings.regime)
         own = own | ({} if iterations is None else {"iterations": iterations})
         config = ConfigParser.load_config_files(configs)
@@ -238,15 +250,25 @@ class Grid:
         texts = [Path(file).read_text() for file in configs]
         snapshots = [f"snapshot{number + 1}.pt" for number in range(config.get("snapshots", 0))]
         held_out = bundle.name == DETECTOR and own["fold"] != ALL
-        beside = ["model_operating_point.json"] if held_out else snapshots
+        outputs = ("model.pt", *(["model_operating_point.json"] if held_out else snapshots))
+        info = {"kind": "train", "configs": configs, "iterations": iterations or config["iterations"], "own": own}
+        info |= {"device": device_setting(self.settings.device), "regime": self.settings.regime, "snapshots": snapshots}
+        given = self.settings.trained and self.settings.trained / name
+        if given and (given / "model.pt").is_file():
+            return self.stage(
+                name,
+                settings={"bundle": bundle.name, **take_digests(given, outputs)},
+                work=partial(take_weights, given),
+                outputs=outputs,
+                info=info | {"kind": "take"},
+            )
         return self.stage(
             name,
             settings={"bundle": bundle.name, "configs": digest(*texts), "data": self.listing, **own},
             work=partial(train_network, configs, {**common, **paths, **own}, self.settings.tracking),
-            outputs=("model.pt", *beside),
+            outputs=outputs,
             needs=needs,
-            info={"kind": "train", "configs": configs, "iterations": iterations or config["iterations"], "own": own}
-            | {"device": device_setting(self.settings.device), "regime": self.settings.regime, "snapshots": snapshots},
+            info=info,
         )
 
     def network(self, model: str, loss: str, fold: int, seed: int = 0) -> Stage:

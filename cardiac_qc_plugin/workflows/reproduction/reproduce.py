@@ -52,9 +52,16 @@ def reproduce(
 
 
 def training_budgets(grid: Grid) -> list[dict[str, Any]]:
-    """Iterations and hours of every training of a segmentation network or detector, also of those not finished."""
+    """Iterations and hours of every training of a segmentation network or detector, also of those not finished.
+
+    Of one that was taken, only its name is known.
+    """
     rows = []
     for stage in grid.stages.values():
+        if stage.info["kind"] == "take":
+            unknown = dict.fromkeys(("iterations", "of", "finished", "hours", "last_loss"))
+            rows.append({"training": stage.name, "regime": "trained elsewhere"} | unknown)
+            continue
         losses = read_losses(stage.folder / "loss.csv") if stage.info["kind"] == "train" else []
         if losses:
             iteration, loss, seconds = losses[-1]

@@ -11,7 +11,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 
 from ..correct import correct
 from ..evaluate import evaluate
-from ..files import read_json
+from ..files import file_sha256, read_json
 from ..measure import measure_case
 from ..operating_point import choose_operating_point
 from ..references import Outcome, References, each_case
@@ -41,6 +41,24 @@ def train_network(
         shutil.rmtree(other)
     paths = {"ckpt_dir": str(stage.folder), "resume_dir": str(resume)}
     train(configs, {**settings, **paths}, stage.folder, budget, tracking)
+
+
+def take_digests(given: Path, outputs: Sequence[str]) -> dict[str, str]:
+    """Digests of the files of a training that was done elsewhere.
+
+    Raises:
+        ValueError: if one is missing; the message names it.
+    """
+    if missing := next((name for name in outputs if not (given / name).is_file()), None):
+        raise ValueError(f"{given / missing}: no such file, but it belongs to the model.pt beside it (--trained).")
+    return {name: file_sha256(given / name) for name in outputs}
+
+
+def take_weights(given: Path, stage: Stage, budget: Budget) -> None:
+    """Copy the files of a training that was done elsewhere."""
+    (stage.folder / "loss.csv").unlink(missing_ok=True)  # of a training that these files are not from
+    for name in stage.outputs:
+        shutil.copy2(given / name, stage.folder / name)
 
 
 def segmenter(maps: Stage, device: str) -> BundlePredictor:
