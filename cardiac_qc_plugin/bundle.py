@@ -13,9 +13,19 @@ from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
 from .checkpoints import check_version, load_weights
 
-__all__ = ["BundlePredictor", "SegmentWithBundled", "find_bundle", "load_detector", "load_models", "load_segmenter"]
+__all__ = [
+    "BundlePredictor",
+    "SegmentWithBundled",
+    "find_bundle",
+    "find_detectors",
+    "load_detector",
+    "load_models",
+    "load_segmenter",
+]
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
+NETWORKS = ("drn", "dn", "unet")
+MAPS = ("bmap", "emap")
 
 
 def find_bundle(name: str, root: str | Path | None = None) -> Path:
@@ -99,7 +109,9 @@ class BundlePredictor:
         load_weights(self._get("network_def"), weights)
         self.weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         settings = json.dumps({k: v for k, v in overrides.items() if k != "bundle_root"}, sort_keys=True)
-        parts = (config_file.read_text(), settings, self.weights_sha256)
+        parts = [config_file.read_text(), settings, self.weights_sha256]
+        if "threshold" in self.config:
+            parts.append(str(self._get("threshold")))  # it may come from a file
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         self.device = self._get("device")
         self.network = self._get("network").eval()
@@ -200,9 +212,9 @@ def load_segmenter(
     Raises:
         ValueError: for an unknown network or map, or a bundle that is missing or has no weights.
     """
-    if model not in ("dn", "drn", "unet"):
+    if model not in NETWORKS:
         raise ValueError(f"The model is dn, drn or unet, got '{model}'.")
-    if map not in ("bmap", "emap"):
+    if map not in MAPS:
         raise ValueError(f"The map is bmap or emap, got '{map}'.")
     return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, map=map, samples=samples)
 
@@ -230,16 +242,24 @@ def load_models(
     return load_segmenter(model, map, samples, device, root), load_detector(model, map, device, root, threshold)
 
 
+def find_detectors(folder: Path) -> list[tuple[str, str]]:
+    """Network and map of each detector whose weights are in the failure bundle, the bundle's default first."""
+    files = {(model, map): f"{model}_{map}.pt" for model in NETWORKS for map in MAPS}
+    files[NETWORKS[0], MAPS[0]] = "model.pt"  # the name that MONAI's tools look for
+    return [detector for detector, file in files.items() if (folder / "models" / file).is_file()]
+
+
 def load_detector(
     model: str, map: str, device: str = "auto", root: str | Path | None = None, threshold: float | None = None
 ) -> BundlePredictor:
     """The failure bundle with the detector for a network and a map; arguments and errors as :func:`load_models`."""
     folder = find_bundle("cardiac_segmentation_failure", root)
-    available = json.loads((folder / "configs" / "inference.json").read_text())["detectors"]
-    if f"{model}_{map}" not in available:
+    available = find_detectors(folder)
+    if (model, map) not in available:
         raise ValueError(
-            f"The failure bundle has no detector for the {model} and the {map}, but for {', '.join(available)}. "
-            "Train one with the bundle's train.json."
+            f"The failure bundle has no detector for the {model} and the {map}, but for "
+            f"{', '.join(map(' '.join, available)) or 'none'}. Train one with the bundle's train.json: "
+            f"--segmentation_model {model} --map {map}."
         )
     settings = {} if threshold is None else {"threshold": threshold}
     return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)

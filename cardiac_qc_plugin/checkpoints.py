@@ -15,7 +15,7 @@ from torch import nn
 
 from . import __version__
 
-__all__ = ["EpochCheckpoint", "SnapshotSaver", "check_version", "load_weights", "save_weights"]
+__all__ = ["EpochCheckpoint", "SnapshotSaver", "check_version", "load_weights", "read_threshold", "save_weights"]
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -65,6 +65,22 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         )
     network.load_state_dict(state)
     return network
+
+
+def read_threshold(weights: str | Path) -> float:
+    """A detector's operating point: the threshold in ``<weights>_operating_point.json``, which its training writes.
+
+    Raises:
+        ValueError: if there is no such file, or no threshold in it.
+    """
+    path = Path(f"{os.path.splitext(weights)[0]}_operating_point.json")
+    try:
+        return float(json.loads(path.read_text())["threshold"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no operating point of the weights beside it ({error}). Their training writes one; or give a "
+            "threshold."
+        ) from error
 
 
 def check_version(bundle_root: str | Path) -> None:

@@ -14,8 +14,8 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 
-from cardiac_qc_plugin.bundle import BundlePredictor, SegmentWithBundled
-from cardiac_qc_plugin.checkpoints import load_weights, save_weights
+from cardiac_qc_plugin.bundle import MAPS, NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors
+from cardiac_qc_plugin.checkpoints import load_weights, read_threshold, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
@@ -171,12 +171,12 @@ def test_evaluate_overlay_scores_the_left_out_fold(acdc_like, tmp_path):
 
 
 def test_evaluate_overlay_judges_the_detector(acdc_like, tmp_path):
+    models = ROOT / "bundles" / "cardiac_segmentation_failure" / "models"
     overrides = {"predictions_dir": str(acdc_like / "predictions"), "map": "emap", "output_dir": str(tmp_path)}
-    _, missing = train("cardiac_segmentation_failure", acdc_like, tmp_path, "evaluate.yaml", **overrides)
+    _, missing = train("cardiac_segmentation_failure", acdc_like, models, "evaluate.yaml", **overrides)
     assert missing == []
     record = json.loads((tmp_path / "detection.json").read_text())
-    detector = config("cardiac_segmentation_failure", "inference")["detectors"]["drn_emap"]
-    assert record["threshold"] == detector["threshold"]
+    assert record["threshold"] == json.loads((models / "drn_emap_operating_point.json").read_text())["threshold"]
     assert record["n_volumes"] == 10 and record["validation"]["regions_failing"] > 0
     assert "val_region_average_precision" in (tmp_path / "metrics.csv").read_text()
 
@@ -435,20 +435,44 @@ def test_half_of_the_precomputed_maps_is_refused():
         SegmentWithBundled("nowhere", "bmap", 10)({"image": image, "segmentation": image})
 
 
-def test_operating_points_are_those_that_training_chose():
-    folder = ROOT / "bundles" / "cardiac_segmentation_failure" / "models"
-    for detector in config("cardiac_segmentation_failure", "inference")["detectors"].values():
-        chosen = json.loads((folder / f"{Path(detector['weights']).stem}_operating_point.json").read_text())
-        assert detector["threshold"] == chosen["threshold"]
+@pytest.mark.parametrize("name", ["inference.json", "train.json"])
+def test_each_network_and_map_has_a_detector_of_its_own(name, tmp_path):
+    """Training writes where inference reads: weights, and the operating point beside them."""
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "bundles" / "cardiac_segmentation_failure" / "configs" / name))
+    files = {}
+    for model in NETWORKS:
+        for map in MAPS:
+            parser.update({"bundle_root": str(tmp_path), "segmentation_model": model, "map": map})
+            parser.parse(reset=True)
+            files[Path(parser.get_parsed_content("ckpt_path"))] = (model, map)
+    assert {path.parent for path in files} == {tmp_path / "models"} and len(files) == 6
+    (tmp_path / "models").mkdir()
+    for number, (path, detector) in enumerate(files.items()):
+        path.touch()
+        assert detector in find_detectors(tmp_path) and len(find_detectors(tmp_path)) == number + 1
+    if name == "inference.json":
+        path.with_name(f"{path.stem}_operating_point.json").write_text('{"threshold": 0.25}')
+        assert parser.get_parsed_content("threshold") == 0.25
+
+
+def test_without_an_operating_point_a_threshold_is_asked_for(tmp_path):
+    path = tmp_path / "dn_emap.pt"
+    with pytest.raises(ValueError, match="dn_emap_operating_point.json: no operating point .* or give a threshold"):
+        read_threshold(path)
+    (tmp_path / "dn_emap_operating_point.json").write_text("{}")
+    with pytest.raises(ValueError, match="dn_emap_operating_point.json: no operating point .*'threshold'"):
+        read_threshold(path)
 
 
 def test_calibrations_are_of_the_shipped_weights_and_of_unseen_patients():
     folder = ROOT / "bundles" / "cardiac_segmentation_failure" / "models"
     folds = config("cardiac_segmentation_failure", "acdc_folds")["training"]
     unseen = {item["meta"]["patient"] for item in folds if item["fold"] == 0}
-    for name, detector in config("cardiac_segmentation_failure", "inference")["detectors"].items():
-        model, map = name.split("_")
-        weights = folder / detector["weights"]
+    detectors = find_detectors(folder.parent)
+    assert {("drn", "bmap"), ("drn", "emap"), ("dn", "bmap"), ("dn", "emap")} <= set(detectors)
+    for model, map in detectors:
+        weights = folder / ("model.pt" if (model, map) == ("drn", "bmap") else f"{model}_{map}.pt")
         calibration = read_calibration(folder / f"{weights.stem}_calibration.json")
         assert (calibration.model, calibration.map) == (model, map)
         assert set(calibration.patients) == unseen and len(calibration.patients) == len(unseen)

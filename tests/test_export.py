@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -266,6 +267,18 @@ def test_bundle_that_runs_another_one_has_its_modules():
     assert {"networks/dilated_resnet.py", "inferers.py"} <= set(vendor({"a": config}, siblings)[0])
     without = '"_target_": "cardiac_qc_plugin.losses.BrierLoss"'
     assert set(vendor({"a": without}, siblings)[0]) == {"__init__.py", "losses.py"}
+
+
+def test_other_weights_come_with_their_own_operating_point(tmp_path):
+    shipped = BUNDLES / FAILURE / "models"
+    for name in ("mine.pt", "mine_operating_point.json"):
+        shutil.copy(shipped / name.replace("mine", "dn_emap"), tmp_path / name)
+    with zipfile.ZipFile(export(FAILURE, tmp_path / "dist", weights=tmp_path / "mine.pt")) as content:
+        names = {name.partition("/")[2] for name in content.namelist() if "/models/" in name}
+        point = content.read(f"{FAILURE}/models/model_operating_point.json")
+    assert point == (tmp_path / "mine_operating_point.json").read_bytes()
+    assert "models/model_calibration.json" not in names  # of the bundle's own weights
+    assert "models/dn_bmap_calibration.json" in names
 
 
 def test_large_weights_become_an_asset(tmp_path):

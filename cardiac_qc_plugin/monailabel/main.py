@@ -1,6 +1,5 @@
 """MONAI Label app: segmentation of short-axis cine MRI that says where it failed, and learns from corrections."""
 
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 
 from cardiac_qc_plugin import __version__
-from cardiac_qc_plugin.bundle import BUNDLES, root_cause
+from cardiac_qc_plugin.bundle import BUNDLES, find_detectors, root_cause
 from cardiac_qc_plugin.monailabel.tasks import CardiacQC, FineTuning, MostSuspicious, QCScoring
 
 logger = logging.getLogger(__name__)
@@ -52,9 +51,8 @@ class CardiacQCApp(MONAILabelApp):
         folders = [path.parents[1] for path in sorted(self.bundles.glob("*_segmentation/configs/inference.json"))]
         tasks = {folder.name: BundleInferTask(str(folder), self.conf) for folder in folders}
         tasks = {name: task for name, task in tasks.items() if task.valid}  # those with weights
-        config = json.loads((self.bundles / FAILURE / "configs" / "inference.json").read_text())
-        pairs = [name.split("_") for name in config["detectors"]]
-        pairs = [(network, map) for network, map in pairs if f"cardiac_{network}_segmentation" in tasks]
+        detectors = find_detectors(self.bundles / FAILURE)
+        pairs = [(network, map) for network, map in detectors if f"cardiac_{network}_segmentation" in tasks]
         if pairs:
             networks, maps = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
             first = tasks[f"cardiac_{networks[0]}_segmentation"]

@@ -6,6 +6,7 @@ module is taken; so it must hold nothing but imports, ``__all__`` and constants,
 
 import ast
 import json
+import os
 import re
 import sys
 import zipfile
@@ -197,7 +198,11 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
     found = [path for path in (folder / "models").glob("*") if path.suffix in WEIGHTS | {".json"}]
     files = {f"models/{path.name}": path for path in found}
     if weights is not None:
-        files["models/model.pt"] = Path(weights)
+        for suffix in (".pt", "_operating_point.json", "_calibration.json"):  # what belongs to the bundle's own, too
+            files.pop(f"models/model{suffix}", None)
+            given = Path(weights) if suffix == ".pt" else Path(os.path.splitext(weights)[0] + suffix)
+            if suffix == ".pt" or given.is_file():
+                files[f"models/model{suffix}"] = given
     elif "models/model.pt" not in files:
         raise ValueError(f"{folder}/models/model.pt: no such file. Train the bundle, or give weights with --weights.")
     config = ConfigParser()

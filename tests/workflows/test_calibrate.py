@@ -12,7 +12,7 @@ import pytest
 import torch
 from miniature_run import SPACING, load, write_patients
 
-from cardiac_qc_plugin.bundle import load_models
+from cardiac_qc_plugin.bundle import load_detector, load_models
 from cardiac_qc_plugin.checkpoints import save_weights
 from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
@@ -180,19 +180,27 @@ def bundles(tmp_path_factory):
     networks = {"cardiac_dn_segmentation": DilatedCNN(), "cardiac_segmentation_failure": FailureResNet()}
     for name, network in networks.items():
         shutil.copytree(ROOT / "bundles" / name, root / name, ignore=shutil.ignore_patterns("models"))
-        save_weights(network, root / name / "models" / "model.pt")
-    edit(
-        root / "cardiac_segmentation_failure" / "configs" / "inference.json",
-        lambda config: config.update(detectors={"dn_bmap": {"weights": "model.pt", "threshold": 0.5}}),
-    )
+        save_weights(network, root / name / "models" / ("dn_bmap.pt" if "failure" in name else "model.pt"))
+    (root / "cardiac_segmentation_failure/models/dn_bmap_operating_point.json").write_text('{"threshold": 0.5}')
     models = load_models("dn", "bmap", 2, "cpu", root)
     calibration = synthetic(25)
     weights = {model.name: model.weights_sha256 for model in models}
     object.__setattr__(calibration, "model", "dn")
     object.__setattr__(calibration, "samples", 2)
     object.__setattr__(calibration, "weights_sha256", weights)
-    calibration.write(root / "cardiac_segmentation_failure" / "models" / "model_calibration.json")
+    calibration.write(root / "cardiac_segmentation_failure" / "models" / "dn_bmap_calibration.json")
     return root, models, calibration
+
+
+def test_another_operating_point_is_another_detector(bundles, tmp_path):
+    root, models, _ = bundles
+    shutil.copytree(root / "cardiac_segmentation_failure", tmp_path / "cardiac_segmentation_failure")
+    first = load_detector("dn", "bmap", "cpu", tmp_path)
+    point = tmp_path / "cardiac_segmentation_failure/models/dn_bmap_operating_point.json"
+    point.write_text('{"threshold": 0.25}')
+    second = load_detector("dn", "bmap", "cpu", tmp_path)
+    assert first.digest == models[1].digest != second.digest  # cases are flagged anew
+    assert second.config.get_parsed_content("threshold") == 0.25
 
 
 def run_command(root, output, *options):

@@ -33,8 +33,10 @@ def write_bundles(root, poisonable=False):
     for name, network in networks.items():
         shutil.copytree(BUNDLES / name, root / name, ignore=shutil.ignore_patterns("models"))
         save_weights(network, root / name / "models" / "model.pt")
-    detectors = {f"dn_{map}": {"weights": "model.pt", "threshold": 0.5} for map in ("bmap", "emap")}
-    edit(root / "cardiac_segmentation_failure/configs/inference.json", lambda c: c.update(detectors=detectors))
+    models = root / "cardiac_segmentation_failure" / "models"
+    for map in ("bmap", "emap"):
+        shutil.copy(models / "model.pt", models / f"dn_{map}.pt")
+        (models / f"dn_{map}_operating_point.json").write_text('{"threshold": 0.5}')
     if poisonable:
         edit(root / "cardiac_dn_segmentation/configs/inference.json", poison)
     return root

@@ -11,7 +11,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 
 from ..correct import correct
 from ..evaluate import evaluate
-from ..files import file_sha256, read_json
+from ..files import file_sha256
 from ..measure import measure_case
 from ..operating_point import choose_operating_point
 from ..references import Outcome, References, each_case
@@ -39,7 +39,7 @@ def train_network(
     resume = stage.folder / f"resume_{stage.digest()[:12]}"
     for other in set(stage.folder.glob("resume_*")) - {resume}:
         shutil.rmtree(other)
-    paths = {"ckpt_dir": str(stage.folder), "resume_dir": str(resume)}
+    paths = {"ckpt_dir": str(stage.folder), "ckpt_path": str(stage.folder / "model.pt"), "resume_dir": str(resume)}
     train(configs, {**settings, **paths}, stage.folder, budget, tracking)
 
 
@@ -94,8 +94,7 @@ def detect_failures(
     """Flag regions in a copy of the segmented scans; the copy shares their files where the file system can."""
     shutil.rmtree(stage.folder)
     shutil.copytree(maps.folder, stage.folder, copy_function=link_or_copy)
-    point = read_json(detector.folder / "model_operating_point.json")
-    own = {**own, "ckpt_path": str(detector.folder / "model.pt"), "threshold": point["threshold"]}
+    own = {**own, "ckpt_path": str(detector.folder / "model.pt")}
     # all is segmented, so the segmenter only has to agree
     run(maps.info["scans"], stage.folder, segmenter(maps, device), BundlePredictor(bundle, device, **own))
 
