@@ -121,7 +121,7 @@ def run(
         input: a NIfTI file (3-D or 4-D), a folder of them or of DICOM files, an ACDC folder, a MONAI datalist, or a
             manifest (CSV or Parquet with a column image, and case if cases are not named by their files).
         output: folder for the results; what is already there with the same input and settings is skipped. With engine
-            ray, an fsspec URL (s3://...) as well.
+            ray, an fsspec URL of a bucket as well.
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
         samples: Monte Carlo samples T.
