@@ -108,7 +108,8 @@ class BundlePredictor:
         weights = Path(self._get("ckpt_path"))
         load_weights(self._get("network_def"), weights)
         self.weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-        settings = json.dumps({k: v for k, v in overrides.items() if k != "bundle_root"}, sort_keys=True)
+        places = ("bundle_root", "ckpt_path", "device")  # the weights have a digest of their own
+        settings = json.dumps({k: v for k, v in overrides.items() if k not in places}, sort_keys=True)
         parts = [config_file.read_text(), settings, self.weights_sha256]
         if "threshold" in self.config:
             parts.append(str(self._get("threshold")))  # it may come from a file

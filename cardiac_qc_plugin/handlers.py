@@ -43,7 +43,10 @@ class StructureHausdorff(CumulativeIterationMetric):
         return torch.tensor([[score.hausdorff for score in scores.values()]])
 
     def aggregate(self) -> torch.Tensor:
-        return do_metric_reduction(self.get_buffer(), "mean")[0]
+        distances = self.get_buffer()
+        if not distances.isfinite().any():  # whose mean MONAI takes for 0, a perfect one
+            return torch.tensor(torch.nan)
+        return do_metric_reduction(distances, "mean")[0]
 
 
 class HausdorffDistance(IgniteMetricHandler):

@@ -217,6 +217,17 @@ def test_two_processes_train_and_evaluate(acdc_like, tmp_path):
     assert len(alone) == 10 and sorted(map(str, together)) == sorted(map(str, alone))
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_several_processes_may_leave_no_fold_out(bundle, acdc_like):
+    parser = ConfigParser()
+    configs = ROOT / "bundles" / bundle / "configs"
+    parser.read_config([str(configs / name) for name in ("train.json", "multi_gpu_train.yaml")])
+    own = {"data_list_file_path": str(acdc_like / "folds.json"), "dataset_dir": str(acdc_like / "data"), "fold": -1}
+    parser.update({"bundle_root": str(configs.parent), "predictions_dir": str(acdc_like / "predictions"), **own})
+    assert parser.get_parsed_content("validate#sampler") is None
+    assert len(parser.get_parsed_content("validate#dataloader")) == 0
+
+
 SAME_BATCHES = """
 network_def#features: [4, 8]
 network_def#dropout: 0.0

@@ -10,7 +10,7 @@ from monai.handlers import from_engine
 from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import average_precision_score
 
-from cardiac_qc_plugin.handlers import GradientClipping, HausdorffDistance
+from cardiac_qc_plugin.handlers import GradientClipping, HausdorffDistance, StructureHausdorff
 from cardiac_qc_plugin.transforms import crop_box, paint_regions
 from cardiac_qc_plugin.workflows.operating_point import RegionAveragePrecision
 
@@ -55,6 +55,14 @@ def test_missing_structure_is_no_distance():
     state = measure(HausdorffDistance(from_engine(["pred", "label"])), [output])
     assert state.metric_details["metric"].isnan().tolist() == [[False, True, True]]
     assert state.metrics["metric"] == 0  # the RV's
+
+
+def test_nothing_found_at_all_is_no_distance_of_zero():
+    reference = np.zeros((8, 8, 2), dtype=int)
+    reference[2:5, 2:5] = 3
+    metric = StructureHausdorff()
+    metric([onehot(np.zeros_like(reference), np.eye(4))], [onehot(reference, np.eye(4))])
+    assert metric.aggregate().isnan()
 
 
 def test_region_average_precision_equals_scikit_learn():

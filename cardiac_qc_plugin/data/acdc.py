@@ -14,13 +14,13 @@ def read_info(path: Path) -> dict[str, str]:
     """Entries of a patient's ``Info.cfg``: ED and ES frame, Group, Height (cm), Weight (kg).
 
     Raises:
-        ValueError: if an entry that the datalist needs is missing.
+        ValueError: if the file is missing, or does not give the frames of both phases.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
     pairs = (line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     info = {key.strip(): value.strip() for key, value in pairs}
-    missing = [key for key in ("ED", "ES", "Group") if key not in info]
+    missing = [key for key in ("ED", "ES") if key not in info]
     if missing:
         raise ValueError(f"{path}: no entry for {', '.join(missing)}.")
     for key in ("ED", "ES"):
@@ -81,6 +81,8 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
     infos = {folder.name: read_info(folder / "Info.cfg") for folder in folders}
     if not infos:
         raise ValueError(f"{root}: no patientNNN/Info.cfg. Give the folder that holds ACDC's patient folders.")
+    if missing := next((patient for patient, info in infos.items() if "Group" not in info), None):
+        raise ValueError(f"{root / missing / 'Info.cfg'}: no entry for Group, by which folds are stratified.")
     groups = {patient: info["Group"] for patient, info in infos.items()}
     fold = stratified_folds(groups, folds, seed) if split == "stratified" else released_code_folds(groups)
     items = []

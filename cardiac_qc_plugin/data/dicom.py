@@ -32,9 +32,10 @@ SAME_POSITION = 0.5  # mm
 SPACING_TOLERANCE = 0.1  # of the distance between slices
 NO_CINE = re.compile(
     r"(?<![a-z])(loc|localizer|localiser|scout|survey|haste|lge|psir|ir|t1|t2|t2star|molli|shmolli|map|perf|perfusion|"
-    r"flow|velocity|pc|phase contrast|tag|tagging|p|phase map)(?![a-z])",
+    r"flow|velocity|pc|phase contrast|tag|tagging|phase map)(?![a-z])",
     re.IGNORECASE,
 )
+PHASE_IMAGE = re.compile(r"\bP\b")  # in the ImageType; "p2" in a description is parallel imaging
 
 
 class UnusableError(ValueError):
@@ -143,7 +144,12 @@ def _is_dicom(file: Path) -> bool:
     """With the preamble, or without it the first tag in group 2 or 8, as old files have it."""
     with open(file, "rb") as stream:
         start = stream.read(132)
-    return start[128:] == b"DICM" or (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00" != start[2:3])
+    if start[128:] == b"DICM":
+        return True
+    if start[:2] not in (b"\x02\x00", b"\x08\x00") or start[3:4] != b"\x00":
+        return False
+    group_length = start[4:8] in (b"UL\x04\x00", b"\x04\x00\x00\x00")  # explicit and implicit, 4 bytes
+    return start[2:3] != b"\x00" or group_length
 
 
 def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
@@ -340,8 +346,13 @@ def _alike(a: Plane, b: Plane) -> bool:
         (a.study, a.shape) == (b.study, b.shape)  # not the frame of reference: some de-identifiers draw one per file
         and np.allclose(a.spacing, b.spacing, rtol=1e-3)
         and bool(np.all((a.orientation * b.orientation).sum(axis=1) > 0.9999))  # within 0.8 degrees
-        and bool(NO_CINE.search(a.text)) == bool(NO_CINE.search(b.text))
+        and bool(_no_cine(a)) == bool(_no_cine(b))
     )
+
+
+def _no_cine(plane: Plane) -> re.Match | None:
+    """What in the description or image type says that a plane is of no cine."""
+    return NO_CINE.search(plane.text) or PHASE_IMAGE.search(plane.text.rpartition("|")[2])
 
 
 def _one_slice_each(group: list[Plane], other: list[Plane]) -> bool:
@@ -378,7 +389,7 @@ def _check_chosen(group: list[Plane], series: Sequence[int]) -> None:
         if not {plane.series_number for plane in group} & set(series):
             raise UnusableError("not among the series asked for")
         return
-    if match := NO_CINE.search(first.text):
+    if match := _no_cine(first):
         raise UnusableError(f"its description or image type says '{match[0]}', which is no cine")
     angle = np.degrees(np.arccos(min(1.0, _normal(first) @ LONG_AXIS / np.linalg.norm(LONG_AXIS))))
     if angle > LONG_AXIS_TOLERANCE:

@@ -57,7 +57,15 @@ def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[di
 
     Returns:
         Training items and validation items.
+
+    Raises:
+        ValueError: if an item has no such ``meta``.
     """
+    if any(not {"patient", "group"} <= item.get("meta", {}).keys() for item in items):
+        raise ValueError(
+            "Patients are held out to choose the operating point: every item of the datalist needs 'meta' with "
+            "'patient' and 'group', as `python scripts/pipeline.py datalist` writes it; or take --fold -1."
+        )
     twin = {second: first for first, second in SAME_SCAN}
     patients = sorted({(item["meta"]["group"], item["meta"]["patient"]) for item in items})
     held = {name for _, name in [p for p in patients if p[1] not in twin][every // 2 :: every]}

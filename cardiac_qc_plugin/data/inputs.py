@@ -134,11 +134,36 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
     kind, read = READERS[path.suffix]
     try:
         for item in read(path):
-            item = {"image": item} if isinstance(item, str) else item
-            if fold is None or str(item.get("fold")) == str(fold):
-                yield InputFile(root / item["image"], item.get("case") or None)
+            if isinstance(item, str):
+                if not item.endswith(SUFFIXES):  # names of classes, say
+                    continue
+                item = {"image": item}
+            if fold is None or is_number(item.get("fold"), fold):
+                yield InputFile(root / item["image"], given_case(item.get("case")))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not {kind} ({error!r}).") from error
+
+
+def is_number(value: Any, number: int) -> bool:
+    """Whether an entry of a list is this number, whatever its type: tables with gaps hold 1 as 1.0."""
+    try:
+        return float(value) == number
+    except (TypeError, ValueError):
+        return False
+
+
+def given_case(value: Any) -> str | None:
+    """A case's name from a list, which may be a number; None where there is none.
+
+    Raises:
+        ValueError: if results would be written outside the output folder.
+    """
+    if value is None or value == "" or value != value:  # the last is NaN
+        return None
+    case = str(value)
+    if Path(case).is_absolute() or ".." in Path(case).parts:
+        raise ValueError(f"the case '{case}' is no name of a folder below the output folder")
+    return case
 
 
 def datalist_items(path: Path) -> Iterator[Any]:

@@ -34,7 +34,9 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path | Sequen
         raise ValueError(f"Unknown uncertainty map '{map}': choose one of {sorted(MAP_FILES)}.")
     result = []
     for item in items:
-        folders = [Path(folder) / case_name(item["image"]) for folder in ensure_tuple(predictions_dir)]
+        image = Path(item["image"])
+        names = (case_name(image), f"{image.parent.name}_{case_name(image)}")  # as `find_scans` has them
+        folders = [Path(folder) / name for name in names for folder in ensure_tuple(predictions_dir)]
         folder = next((folder for folder in folders if folder.is_dir()), folders[0])
         files = {"segmentation": folder / "segmentation.nii.gz", "uncertainty": folder / MAP_FILES[map]}
         for path in files.values():

@@ -139,7 +139,8 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
     """Phases of a cine whose volume stands out from both neighbors: hearts do not do that, failed segmentations do.
 
     A phase stands out if it differs from the median of itself and its two neighbors by more than `tolerance` of the
-    cine's largest volume. The last phase and the first are neighbors, since a cine covers one cycle.
+    cine's largest volume that does not stand out. The last phase and the first are neighbors, since a cine covers one
+    cycle.
 
     Args:
         volumes: shape (phases,), ml; at least 3.
@@ -161,7 +162,7 @@ def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, li
         before, after = np.roll(repaired, 1), np.roll(repaired, -1)
         deviation = np.abs(repaired - np.median([before, repaired, after], axis=0))
         worst = int(deviation.argmax())
-        if deviation[worst] <= tolerance * volumes.max():
+        if deviation[worst] <= tolerance * repaired.max():
             break
         jumps.append(worst)
         repaired[worst] = (before[worst] + after[worst]) / 2  # so that its neighbors do not stand out in turn

@@ -1,7 +1,5 @@
 """From the segmented phases of a cine to what a report says of the heart: volumes over time, EF, mass."""
 
-import csv
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +19,7 @@ from cardiac_qc_plugin.metrics.clinical import (
 )
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 
-from .files import read_json, write_json, write_text
+from .files import read_json, write_json, write_rows
 from .references import patient_and_phase
 
 __all__ = [
@@ -135,19 +133,29 @@ def choose_phases(cine: Cine) -> Given:
     """
     for phase in cine.given:
         if phase is not None and phase not in cine.phases:
-            raise ValueError(f"{cine.name}: there is no phase {phase} among its {len(cine.phases)}. See --ed and --es.")
+            raise ValueError(
+                f"{cine.name}: there is no phase {phase} among its {len(cine.phases)}, or it could not be processed. "
+                "See --ed and --es."
+            )
     return tuple(one if one is not None else other for one, other in zip(cine.given, cine.find(), strict=True))
 
 
 def plan_phases(cine: Cine, made_of: str) -> Given:
     """End-diastole and end-systole of a cine that is segmented in two steps, kept in ``plan.json`` with the volumes
-    that they were chosen by; a later run over the same images goes by this file."""
+    that they were chosen by; a later run over the same images goes by this file.
+
+    Raises:
+        ValueError: as `choose_phases`; or if one of the two is not among the cine's phases any more.
+    """
     path = cine.folder / "plan.json"
     plan = read_json(path) if path.is_file() else {}
     if plan.get("made_of") != made_of:
-        plan = {"made_of": made_of, "ed_es": choose_phases(cine), "volume_ml": list(cine.volume_ml.values())}
+        volumes = {str(phase): volumes for phase, volumes in cine.volume_ml.items()}
+        plan = {"made_of": made_of, "ed_es": choose_phases(cine), "volume_ml": volumes}
         write_json(path, plan)
-    cine.volume_ml = dict(zip(cine.phases, plan["volume_ml"], strict=True))
+    if lost := [phase for phase in plan["ed_es"] if phase is not None and phase not in cine.phases]:
+        raise ValueError(f"{cine.name}: phase {lost[0]}, its end-diastole or end-systole, could not be processed.")
+    cine.volume_ml = {phase: plan["volume_ml"].get(str(phase), own) for phase, own in cine.volume_ml.items()}
     return tuple(plan["ed_es"])
 
 
@@ -280,12 +288,3 @@ def table_row(record: Mapping[str, Any]) -> dict[str, Any]:
     for phase, slices in record["flagged_slices"].items():
         row[f"{phase}_slices_flagged"] = len(slices)
     return row | {"phases_with_jumps": len({jump["phase"] for jump in record["jumps"]})}
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, with the columns of all of them."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, stream.getvalue())

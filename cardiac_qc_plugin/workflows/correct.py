@@ -5,14 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import nibabel as nib
 import numpy as np
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.transforms.correction import Rule, apply_edits, simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failure_mask
-from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_volume, write_json, write_like
-from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, read_labels, read_reference
+from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_json, read_volume, write_json, write_like
+from cardiac_qc_plugin.workflows.references import (
+    Outcome,
+    References,
+    as_stored,
+    each_case,
+    read_labels,
+    read_reference,
+)
 
 __all__ = ["accept_edits", "correct", "write_correction"]
 
@@ -54,8 +60,9 @@ def correct(
     predictions, output = Path(predictions), Path(output)
     if (reference is None) == (edited is None):
         raise ValueError("Give one of reference (simulated correction) and edited (an expert's masks).")
-    if output.resolve().is_relative_to(predictions.resolve()):
-        raise ValueError(f"{output} is in the predictions {predictions}: write the corrections somewhere else.")
+    for name, source in (("predictions", predictions), ("reference", reference), ("edited masks", edited)):
+        if source is not None and _overlap(output, Path(source)):
+            raise ValueError(f"{output} and the {name} {source} lie in each other: write the corrections elsewhere.")
     if edited is not None:
         if (rule, criterion) != ("paper", None):
             raise ValueError("rule and criterion belong to simulated correction; leave them out with edited masks.")
@@ -65,14 +72,25 @@ def correct(
     output.mkdir(parents=True, exist_ok=True)
 
     def correct_case(case: str, folder: Path) -> dict[str, Any]:
-        for name in (SEGMENTATION, RECORD):
-            (output / case / name).unlink(missing_ok=True)  # of an earlier correction
+        record = output / case / RECORD
+        if edited is None and record.is_file() and read_json(record)["kind"] != "simulated":
+            raise ValueError(
+                f"{record}: an expert's correction, which a simulated one must not replace. Write elsewhere."
+            )
+        for path in (output / case / SEGMENTATION, record):
+            path.unlink(missing_ok=True)  # of an earlier correction
         segmentation = read_labels(folder / SEGMENTATION)
         labels, notes, sources = method(case, folder, segmentation)
         return write_correction(case, folder, output / case, segmentation, labels, notes, sources)
 
     records, failures = each_case(predictions, correct_case, "correct")
     return Outcome(_summary(list(records.values()), failures, output), failures)
+
+
+def _overlap(first: Path, second: Path) -> bool:
+    """Whether one of two folders lies in the other, or is it."""
+    first, second = first.resolve(), second.resolve()
+    return first.is_relative_to(second) or second.is_relative_to(first)
 
 
 def _simulated(references: References, rule: Rule, criterion: str | None, apex: str) -> Method:
@@ -124,24 +142,13 @@ def accept_edits(
         ValueError: a file is missing or damaged, lies on another grid, or edits outside with "error".
     """
     flagged, regions = read_flagged(folder, segmentation)
-    edits = _as_stored(read_labels(edited), segmentation)
+    edits = as_stored(read_labels(edited), segmentation).data
     try:
         labels, report = apply_edits(segmentation.data, edits, flagged, on_outside)
     except ValueError as error:
         raise ValueError(f"{edited}: {error}") from error
     notes = {"kind": "expert", "on_outside": on_outside, "n_regions_flagged": _n_regions(flagged)}
     return labels, {**notes, "edits": asdict(report)}, {"edited": edited, "failure_regions": regions}
-
-
-def _as_stored(edited: Volume, segmentation: Volume) -> np.ndarray:
-    """Labels in the order of the segmentation's voxels, where an editor has saved them with axes turned or swapped."""
-    turn = nib.orientations.ornt_transform(
-        nib.io_orientation(edited.image.affine), nib.io_orientation(segmentation.image.affine)
-    )
-    affine = edited.image.affine @ nib.orientations.inv_ornt_aff(turn, edited.data.shape)
-    if np.allclose(affine, segmentation.image.affine, atol=0.01):
-        return nib.orientations.apply_orientation(edited.data, turn)
-    return edited.data  # an editor that does not keep the position; its order of voxels is all there is
 
 
 def write_correction(

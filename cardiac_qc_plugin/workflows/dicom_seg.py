@@ -71,8 +71,11 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
             sources[str(header.get("SOPInstanceUID"))] = file
         written, failures = 0, {}
         for record in records:
-            images = read_json(record)["images"]
+            images = read_json(record).get("images", [])
             folders = sorted(record.parent.glob("phase*")) or [record.parent]
+            if len(folders) != len(images):
+                failures[record.parent.name] = f"{len(folders)} phase(s), but {record} has {len(images)}. Run it again."
+                continue
             for folder, planes in zip(folders, images, strict=True):
                 try:
                     written += _write_phase(folder, planes, sources)

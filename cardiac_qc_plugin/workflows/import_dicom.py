@@ -1,8 +1,8 @@
 """From a folder of DICOM files to one NIfTI stack for each phase, the first stage of the pipeline."""
 
-import csv
 import hashlib
-import io
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import nibabel as nib
 from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 
-from .files import OutputError, read_json, write_file, write_json, write_text
+from .files import OutputError, read_json, write_file, write_json, write_rows
 
 __all__ = ["NAMES", "Inputs", "gather_scans", "import_dicom"]
 
@@ -119,30 +119,64 @@ def _short(uid: str) -> str:
 
 
 def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
-    """A stack's phases and its ``dicom.json``; nothing is written where they are there already."""
+    """A stack's phases and its ``dicom.json``; nothing is written where they are there already.
+
+    Raises:
+        ValueError: if the folder is another series'.
+    """
     record, count = output / name / "dicom.json", len(stack.phases)
+    _claim(record, stack)
     width = max(2, len(str(count - 1)))
     cases = [name] if count == 1 else [f"{name}/phase{index:0{width}d}" for index in range(count)]
     images = [output / case / "image.nii.gz" for case in cases]
     digest = stack_digest(stack)
     done = record.is_file() and read_json(record).get("digest") == digest and all(path.is_file() for path in images)
     if not done:
-        record.unlink(missing_ok=True)
+        write_json(record, _series(stack))
+        for folder in set((output / name).glob("phase*")) - {path.parent for path in images}:
+            shutil.rmtree(folder)  # of an import with more phases
         for planes, path in zip(stack.phases, images, strict=True):
-            image = nib.Nifti1Image(read_phase(planes), stack.affine)
+            try:
+                image = nib.Nifti1Image(read_phase(planes), stack.affine)
+            except ValueError:
+                record.unlink()
+                raise
             image.header.set_xyzt_units("mm", "sec")
             image.set_qform(stack.affine, code=1)
             image.set_sform(stack.affine, code=1)
             write_file(path, image.to_filename)
-        write_json(record, {"digest": digest, **_record(stack)})
+        write_json(record, {"digest": digest, **_series(stack), **_record(stack)})
     return [Scan(case, path.resolve()) for case, path in zip(cases, images, strict=True)]
 
 
+def _series(stack: Stack) -> dict[str, str]:
+    """Whose folder a case's is."""
+    return {"study_uid": stack.first.study, "series_uid": stack.first.series}
+
+
+def _claim(record: Path, stack: Stack) -> None:
+    """Take a case's folder for a series, also against other processes; names need not tell patients apart.
+
+    Raises:
+        ValueError: if it is another's.
+    """
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with open(record, "x", encoding="utf-8") as stream:
+            stream.write(json.dumps(_series(stack)))
+    except FileExistsError:
+        if any(read_json(record).get(key) != uid for key, uid in _series(stack).items()):
+            raise ValueError(
+                f"{record.parent} holds another series of that name. Name the cases by --name_by study, or choose "
+                "another output folder."
+            ) from None
+    except OSError as error:
+        raise OutputError(error.errno, f"cannot write {record}: {error.strerror or error}") from error
+
+
 def _record(stack: Stack) -> dict[str, Any]:
-    """What ``dicom.json`` says; UIDs link it to the source images, nothing in it names the patient."""
-    first = stack.first
+    """What else ``dicom.json`` says; UIDs link it to the source images, nothing in it names the patient."""
     return {
-        "study_uid": first.study,
         "series_numbers": sorted({plane.series_number for planes in stack.phases for plane in planes}),
         "notes": stack.notes,
         "spacing_mm": list(stack.spacing),
@@ -157,8 +191,4 @@ def write_skipped(path: Path, skipped: list[Skipped]) -> None:
     if not skipped:
         path.unlink(missing_ok=True)
         return
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["series", "images", "reason"])
-    writer.writerows([item.series, item.images, item.reason] for item in skipped)
-    write_text(path, stream.getvalue())
+    write_rows(path, [{"series": item.series, "images": item.images, "reason": item.reason} for item in skipped])

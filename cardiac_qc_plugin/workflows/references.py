@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
@@ -13,7 +14,16 @@ from cardiac_qc_plugin.data.acdc import read_info
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
 from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
 
-__all__ = ["MissingLabels", "Outcome", "References", "each_case", "patient_and_phase", "read_labels", "read_reference"]
+__all__ = [
+    "MissingLabels",
+    "Outcome",
+    "References",
+    "as_stored",
+    "each_case",
+    "patient_and_phase",
+    "read_labels",
+    "read_reference",
+]
 
 T = TypeVar("T")
 NIFTI = re.compile(r"(?P<stem>[^.].*?)(?P<mark>_gt|_seg)?\.nii(\.gz)?", re.IGNORECASE)
@@ -66,7 +76,8 @@ class References:
 
     For a case ``patient001_frame01``, anywhere under the folder: ``patient001_frame01_gt.nii.gz`` or
     ``_seg.nii.gz``; failing these ``patient001_frame01/segmentation.nii.gz``, as the stages write it; failing
-    that ``patient001_frame01.nii.gz``, which beside a ``_gt`` file is the scan. ``.nii`` serves as well.
+    that ``patient001_frame01.nii.gz``, which beside a ``_gt`` file is the scan. ``.nii`` serves as well. A case that
+    was named by its folder, ``patient001_sax`` for ``patient001/sax.nii.gz``, has its labels in that folder.
 
     Args:
         root: the folder; it is read once.
@@ -87,6 +98,9 @@ class References:
                 else:
                     rank, parts = 0 if match["mark"] else 2, (*folders, match["stem"])
                 self.files.setdefault(parts[-1], []).append((rank, parts, path))
+                if rank != 1 and folders:
+                    parts = (*folders[:-1], f"{folders[-1]}_{match['stem']}")
+                    self.files.setdefault(parts[-1], []).append((rank + 3, parts, path))
         if not self.files:
             raise ValueError(f"{self.root}: no such folder, or no NIfTI file in it. Give a folder of label files.")
 
@@ -136,14 +150,25 @@ def read_labels(path: Path) -> Volume:
     return Volume(labels, volume.spacing, volume.image)
 
 
+def as_stored(labels: Volume, prediction: Volume) -> Volume:
+    """Labels in the order of the prediction's voxels, where they were saved with axes turned or swapped."""
+    own, other = labels.image.affine, prediction.image.affine
+    turn = nib.orientations.ornt_transform(nib.io_orientation(own), nib.io_orientation(other))
+    affine = own @ nib.orientations.inv_ornt_aff(turn, labels.data.shape)
+    if not np.allclose(affine, other, atol=0.01):
+        return labels  # a tool that does not keep the position; its order of voxels is all there is
+    spacing = tuple(labels.spacing[axis] for axis in np.argsort(turn[:, 0]).astype(int))
+    return Volume(nib.orientations.apply_orientation(labels.data, turn), spacing, prediction.image)
+
+
 def read_reference(path: Path, prediction: Volume) -> np.ndarray:
-    """Read the reference labels of a prediction, uint8 (H, W, D).
+    """Read the reference labels of a prediction, uint8 (H, W, D), in the order of its voxels.
 
     Raises:
         ValueError: if the file cannot be read, lies on another grid than the prediction, has values other
             than 0-3 or no label at all; the message names it.
     """
-    reference = read_labels(path)
+    reference = as_stored(read_labels(path), prediction)
     if reference.data.shape != prediction.data.shape:
         raise ValueError(
             f"{path}: shape {reference.data.shape}, but the prediction has {prediction.data.shape}. "

@@ -93,7 +93,9 @@ def load_predictors(
             )
         models = models[0], load_detector(model, map, device, root, promise.threshold)
         models[1].promise = asdict(promise)
-    preview = load_models(model, "emap", 0, device, root) if map == "bmap" and sample_phases == "ed_es" else None
+    preview = (
+        load_models(model, "emap", 0, device, root, threshold) if map == "bmap" and sample_phases == "ed_es" else None
+    )
     return models, preview
 
 
@@ -245,6 +247,7 @@ def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predict
         "spacing_mm": list(volume.spacing),
     }
     basics = {"case": scan.case, "input": source}
+    record.qc |= basics
 
     def digests(of: Predictors) -> dict[str, str]:
         key = digest(__version__, source["sha256"], scan.frame, of[0].digest)
@@ -344,7 +347,10 @@ def preview_cines(
     plans = {}
     for cine in group_cines(cases, output, given):
         plans[cine.name] = digest(preview[0].digest, given, *(qc["input"]["sha256"] for qc in cine.phases.values()))
-        chosen = plan_phases(cine, plans[cine.name])
+        try:
+            chosen = plan_phases(cine, plans[cine.name])
+        except ValueError:  # said again, and noted, where the cine is measured
+            continue
         wanted |= {cine.phases[phase]["case"] for phase in chosen if phase is not None}
     again, broken = each_scan([scan for scan in scans if scan.case in wanted], output, predictors)
     finished = {qc["case"]: qc for qc in cases if qc["case"] not in dict(broken)} | {qc["case"]: qc for qc in again}
@@ -376,9 +382,13 @@ def process(
     else:
         cases, failures, plans = preview_cines(scans, output, predictors, preview, given)
     cines = group_cines(cases, output, given)
-    chosen = {
-        cine.name: plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine) for cine in cines
-    }
+    chosen = {}
+    for cine in cines:
+        try:
+            chosen[cine.name] = plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine)
+        except ValueError as error:
+            chosen[cine.name] = None, None
+            failures.append((cine.name, str(error)))
     return cases, failures, write_cines(cines, chosen)
 
 

@@ -157,14 +157,19 @@ def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """Rows from the records in a folder, one after another; failed cases from its worklist."""
     worklist, record = folder / "worklist.csv", folder / "quarantine.json"
     quarantined = read_json(record) if record.is_file() else {}
+    broken = set()
     if worklist.is_file():
         with open(worklist, newline="", encoding="utf-8") as stream:
             failed = (row for row in csv.DictReader(stream) if row["status"] != "done")
             for row in failed:
                 status = "quarantined" if row["case"] in quarantined else "failed"
+                broken.add(row["case"])
                 yield failed_case_row(row["case"], row["message"], status)
     for record in folder_records(folder):
-        row = case_row(read_json(record))
+        qc = read_json(record)
+        if qc["case"] in broken:  # what was done before it failed
+            continue
+        row = case_row(qc)
         cine = folder / (row["heart"] or "") / "cine.json"
         yield with_heart(row, table_row(read_json(cine)) if cine.is_file() else None)
 

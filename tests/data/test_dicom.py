@@ -279,6 +279,27 @@ def test_without_preamble(tmp_path):
     assert len(stack.phases) == PHASES
 
 
+@pytest.mark.parametrize("implicit", [True, False])
+@pytest.mark.parametrize("group", [2, 8])
+def test_without_preamble_with_a_group_length(tmp_path, implicit, group):
+    tag = bytes([group, 0, 0, 0])
+    (tmp_path / "IM0").write_bytes(tag + (b"\x04\0\0\0" if implicit else b"UL\x04\0") + bytes(200))
+    (tmp_path / "other").write_bytes(tag + bytes(200))
+    assert dicom_files(tmp_path) == [tmp_path / "IM0"]
+
+
+@pytest.mark.parametrize("name", ["cine_trufi_sax_p2", "tf2d13 SAX p3_iPAT", "SA cine p"])
+def test_parallel_imaging_is_no_phase_image(tmp_path, name):
+    write(tmp_path, cine(lambda z, t: {"SeriesDescription": name}))
+    check(only(stacks_in(tmp_path)))
+
+
+def test_phase_images_are_no_cine(tmp_path):
+    write(tmp_path, cine(lambda z, t: {"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}))
+    (skipped,) = stacks_in(tmp_path).skipped
+    assert "says 'P', which is no cine" in skipped.reason
+
+
 def other_axes(row, down):
     return {"ImageOrientationPatient": [*map(float, row), *map(float, down)]}
 

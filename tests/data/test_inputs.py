@@ -82,6 +82,47 @@ def test_no_fold_is_left_out_on_request(tmp_path):
     assert [Path(item["image"]).name for item in others + left_out] == ["a", "b"] and len(left_out) == 1
 
 
+def test_manifests_with_numbers(tmp_path):
+    """As a data frame with gaps writes them: cases and folds as numbers."""
+    for name in "ab":
+        (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / "list.csv").write_text("image,case,fold\na.nii.gz,0,1.0\nb.nii.gz,,0.0\n")
+    assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == ["0", "b"]
+    assert [scan.case for scan in find_scans(tmp_path / "list.csv", fold=1)] == ["0"]
+    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+    columns = {"image": ["a.nii.gz", "b.nii.gz"], "case": [101, 0], "fold": [1.0, None]}
+    parquet.write_table(arrow.table(columns), tmp_path / "list.parquet")
+    assert [scan.case for scan in find_scans(tmp_path / "list.parquet")] == ["101", "0"]
+    assert [scan.case for scan in find_scans(tmp_path / "list.parquet", fold=1)] == ["101"]
+
+
+@pytest.mark.parametrize("case", ["../evil", "/tmp/evil"])
+def test_a_case_outside_the_output_is_refused(tmp_path, case):
+    (tmp_path / "list.csv").write_text(f"image,case\na.nii.gz,{case}\n")
+    with pytest.raises(ValueError, match=f"list.csv: not a manifest.*'{case}' is no name of a folder below"):
+        find_scans(tmp_path / "list.csv")
+
+
+def test_names_of_classes_are_no_scans(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "list.json").write_text('{"labels": ["rv", "lv"], "test": ["a.nii.gz"]}')
+    assert [scan.case for scan in find_scans(tmp_path / "list.json")] == ["a"]
+
+
+def test_hold_out_needs_to_know_the_patients():
+    with pytest.raises(ValueError, match="needs 'meta' with 'patient' and 'group'"):
+        hold_out([{"image": "a.nii.gz", "label": "b.nii.gz", "fold": 1}])
+
+
+def test_predictions_of_images_that_are_named_by_their_folder(tmp_path):
+    for name in ("segmentation.nii.gz", "entropy.nii.gz"):
+        (tmp_path / "p1_sax").mkdir(exist_ok=True)
+        (tmp_path / "p1_sax" / name).touch()
+    (item,) = with_predictions([{"image": "/data/p1/sax.nii.gz"}], tmp_path, "emap")
+    assert item["segmentation"] == str(tmp_path / "p1_sax" / "segmentation.nii.gz")
+
+
 def test_hold_out_keeps_patients_together_and_groups_balanced():
     rng = np.random.default_rng(0)
     items = [

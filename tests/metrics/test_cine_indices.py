@@ -21,6 +21,11 @@ def test_of_nearly_equal_phases_the_last_before_contraction():
     assert find_ed_es(volumes) == (0, 6)
 
 
+def test_a_large_failure_hides_no_other():
+    volumes = np.array([100, 95, 85, 400, 60, 55, 60, 70, 35, 95.0])
+    assert volume_jumps(volumes) == [3, 8] and find_ed_es(volumes) == (0, 5)
+
+
 def test_a_beat_has_no_jump():
     for shift in range(12):
         assert volume_jumps(np.roll(BEAT, shift)) == []

@@ -11,9 +11,9 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.reports.cine import describe_cine
-from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, write_cines, write_indices
+from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, plan_phases, write_cines, write_indices
 from cardiac_qc_plugin.workflows.files import write_json
-from cardiac_qc_plugin.workflows.run import run
+from cardiac_qc_plugin.workflows.run import CaseFailures, run
 
 LV = [120, 108, 90, 60, 64, 75, 92, 110]
 
@@ -126,6 +126,33 @@ def test_no_lv_at_all(tmp_path):
     assert record["ed_phase"] is None and record["indices"] == {} and "no indices" in describe_cine(record)
 
 
+def test_a_phase_that_is_lost_after_the_plan(tmp_path):
+    (whole,) = group_cines(cine(tmp_path), tmp_path)
+    assert plan_phases(whole, "images") == (0, 3)
+    without = [qc for qc in cine(tmp_path) if qc["case"] != "heart/phase05"]
+    (other,) = group_cines(without, tmp_path)
+    assert plan_phases(other, "images") == (0, 3) and len(other.volume_ml) == 7
+    (lost,) = group_cines([qc for qc in cine(tmp_path) if qc["case"] != "heart/phase03"], tmp_path)
+    with pytest.raises(ValueError, match="heart: phase 3, its end-diastole or end-systole, could not be processed"):
+        plan_phases(lost, "images")
+
+
+def test_a_phase_that_does_not_exist_stops_no_other_heart(bundles, tmp_path):  # noqa: F811
+    for name, frames in (("short", 3), ("long", 5)):
+        phantom = ShortAxisPhantom(seed=1, shape=(40, 40), n_slices=2, spacing=(4.0, 4.0, 20.0))
+        write_phantom(tmp_path / "in", name, phantom, cine_frames=frames, with_labels=False)
+    scans = [scan for scan in find_scans(tmp_path / "in") if "_4d/" in scan.case]
+    for preview in (None, predictors(bundles, "emap", 0)):
+        with pytest.raises(CaseFailures) as error:
+            full = predictors(bundles, "emap" if preview is None else "bmap", 0 if preview is None else 2)
+            run(scans, tmp_path / "out", *full, preview=preview, given=(4, 0))
+        assert [case for case, _ in error.value.failures] == ["short_4d"]
+        assert "no phase 4 among its 3" in error.value.failures[0][1]
+        assert len(error.value.cases) == 8 and (tmp_path / "out" / "report.html").is_file()
+        found = [json.loads((tmp_path / "out" / f"{n}_4d" / "cine.json").read_text()) for n in ("short", "long")]
+        assert [record["ed_phase"] for record in found] == [None, 4]
+
+
 def predictors(bundles, map, samples):  # noqa: F811
     segmenter = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", map=map, samples=samples, amp=False)
     failure = bundles / "cardiac_segmentation_failure"
@@ -142,7 +169,7 @@ def test_samples_at_ed_and_es_only(bundles, tmp_path):  # noqa: F811
     sampled = [qc["case"][-2:] for qc in cases if qc["segmentation"]["map"] == "bmap"]
     assert sampled == [f"{p:02d}" for p in sorted((0, record["es_phase"]))] and record["es_phase"] != 0
     plan = json.loads((tmp_path / "out" / "heart_4d" / "plan.json").read_text())
-    assert [point["LV_ml"] for point in record["curve"]] == [round(v["LV"], 2) for v in plan["volume_ml"]]
+    assert [point["LV_ml"] for point in record["curve"]] == [round(v["LV"], 2) for v in plan["volume_ml"].values()]
     assert {qc["scores"]["urgency"] == qc["scores"]["region_failure"] for qc in cases} == {True}
     samples = cases[0]["segmentation"]["sample_volume_ml"]
     assert [len(samples[name]) for name in ("RV", "LVM", "LV")] == [3, 3, 3]

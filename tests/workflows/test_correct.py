@@ -10,6 +10,7 @@ import pytest
 from miniature_run import SHAPE, SPACING, heart, load, save, write_patients
 from scipy.spatial.distance import directed_hausdorff
 
+from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.correct import correct
 from cardiac_qc_plugin.workflows.files import read_volume
@@ -130,6 +131,17 @@ def test_expert_edits(run):
     assert (record["kind"], record["n_voxels_changed"], record["edits"]["n_outside"]) == ("expert", 1, 0)
 
 
+def test_a_simulated_correction_does_not_replace_an_experts(run):
+    root, cases = run
+    write_edits(root, cases, outside=0)
+    correct(root / "run", root / "out", edited=root / "edited")
+    before = {path: path.read_bytes() for path in (root / "out").rglob("*") if path.is_file()}
+    outcome = correct(root / "run", root / "out", reference=root / "acdc")
+    assert all("correction.json: an expert's correction" in message for message in outcome.failures.values())
+    assert len(outcome.failures) == len(cases)
+    assert {path: path.read_bytes() for path in (root / "out").rglob("*") if path.is_file()} == before
+
+
 def test_edits_outside_flagged_regions_are_refused_or_dropped(run):
     root, cases = run
     write_edits(root, cases, outside=3)
@@ -156,7 +168,9 @@ def test_edits_outside_flagged_regions_are_refused_or_dropped(run):
         ({"edited": "acdc", "rule": "upper_bound"}, "belong to simulated correction"),
         ({"edited": "acdc", "on_outside": "ignore"}, "'ignore'"),
         ({"reference": "nowhere"}, "nowhere: no such folder"),
-        ({"reference": "acdc", "output": "run/corrected"}, "write the corrections somewhere else"),
+        ({"reference": "acdc", "output": "run/corrected"}, "write the corrections elsewhere"),
+        ({"reference": "acdc", "output": "acdc/corrected"}, "the reference .* lie in each other"),
+        ({"edited": "acdc", "output": "acdc"}, "the edited masks .* lie in each other"),
         ({"reference": "acdc", "predictions": "empty"}, "no segmentation.nii.gz"),
     ],
 )
@@ -290,10 +304,33 @@ def test_whole_floating_point_labels_are_fine(tmp_path):
     np.testing.assert_array_equal(labels, heart(1))
 
 
+@pytest.mark.parametrize("axes", ["LPI", "SAR", "ILP"])
+def test_a_reference_with_turned_axes_is_turned_back(tmp_path, axes):
+    affine = np.array([[-1.5, 0, 0, 40], [0, -1.2, 0, 30], [0, 0, 8, -20], [0, 0, 0, 1]], dtype=float)
+    labels = heart(1)[:, :-2]  # three different sizes
+    image = nib.Nifti1Image(labels, affine)
+    nib.save(image, tmp_path / "a.nii.gz")
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    nib.save(image.as_reoriented(turn), tmp_path / "a_gt.nii.gz")
+    assert load(tmp_path / "a_gt.nii.gz").shape != labels.shape or axes == "LPI"
+    reference = read_reference(tmp_path / "a_gt.nii.gz", read_volume(tmp_path / "a.nii.gz"))
+    np.testing.assert_array_equal(reference, labels)
+
+
+def test_references_of_cases_that_are_named_by_their_folder(tmp_path):
+    """As `find_scans` names them, where several patients have files of the same names."""
+    for patient in ("p1", "p2"):
+        for name in ("sax", "sax_gt"):
+            save(tmp_path / patient / f"{name}.nii.gz", heart(1))
+    references = References(tmp_path)
+    for scan in find_scans(tmp_path):
+        assert references.find(scan.case, tmp_path / "run") == scan.path.parent / "sax_gt.nii.gz"
+
+
 def test_patient_and_phase(tmp_path):
     reference = tmp_path / "x_gt.nii.gz"
     assert patient_and_phase("patient001_frame01", reference) == ("patient001", "unknown")
-    (tmp_path / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: NOR\n")
+    (tmp_path / "Info.cfg").write_text("ED: 1\nES: 12\n")  # the challenge's test patients have no group
     assert patient_and_phase("patient001_frame01", reference) == ("patient001", "ED")
     assert patient_and_phase("patient001_frame12", reference) == ("patient001", "ES")
     assert patient_and_phase("patient001_frame02", reference) == ("patient001", "unknown")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +56,29 @@ def test_names_of_cases(tmp_path):
     assert gather_scans(tmp_path / "Emilia G", tmp_path / "study").scans[0].case.startswith("study_")
     with pytest.raises(ValueError, match="--name_by is one of"):
         gather_scans(tmp_path / "Emilia G", tmp_path / "out", name_by="birthday")
+
+
+def test_another_patient_of_the_same_name_is_refused(tmp_path):
+    """Two runs into one output, as the workers of a cohort are: their images must not mix."""
+    for patient, number in (("A", "1"), ("B", "2")):
+        images = cine(lambda z, t, number=number: {"StudyInstanceUID": f"{ROOT}9.{number}"})
+        write(tmp_path / patient / "SAX", images)
+    first = gather_scans(tmp_path / "A", tmp_path / "out", name_by="folder").scans
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    second = gather_scans(tmp_path / "B", tmp_path / "out", name_by="folder")
+    assert first and not second.scans
+    assert "SAX_series7 holds another series of that name" in second.failures[0][1]
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
+    assert gather_scans(tmp_path / "A", tmp_path / "out", name_by="folder").scans == first
+
+
+def test_phases_that_are_gone_leave_no_folder(tmp_path):
+    write(tmp_path / "in", cine())
+    gather_scans(tmp_path / "in", tmp_path / "out")
+    shutil.rmtree(tmp_path / "in")
+    write(tmp_path / "in", cine(phases=PHASES - 1))
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert len(list((tmp_path / "out").glob("*/phase*"))) == len(scans) == PHASES - 1
 
 
 def test_beside_nifti_files(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ import torch
 
 from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.acdc import acdc_datalist
+from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_json
-from cardiac_qc_plugin.workflows.reproduction import ablations
+from cardiac_qc_plugin.workflows.reproduction import ablations, stage_work
 from cardiac_qc_plugin.workflows.reproduction import grid as grid_module
 from cardiac_qc_plugin.workflows.reproduction.ablations import cluster_shares, tolerance_shares
 from cardiac_qc_plugin.workflows.reproduction.grid import Grid, Settings
@@ -379,6 +381,20 @@ def test_bad_data_and_regime_are_named(settings, tmp_path):
         Grid(replace(settings, data=tmp_path))
     with pytest.raises(ValueError, match="has no regime 'long'"):
         Grid(replace(settings, regime="long")).by_fold()
+
+
+def test_a_segmentation_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Beside cases it has left a table and the hearts' folders; a case of another datalist goes."""
+    stage = Stage(tmp_path, "maps", {}, partial(stage_work.segment_scans, "cpu"), ("a/qc.json",))
+    stage.info["scans"] = [Scan("a", Path("a.nii.gz"))]
+    for name in ("indices.csv", "heart/cine.json", "a/qc.json", "old/qc.json"):
+        (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage.folder / name).write_text("{}")
+    called = []
+    monkeypatch.setattr(stage_work, "segmenter", lambda *args: None)
+    monkeypatch.setattr(stage_work, "run", lambda scans, folder, *args: called.append(scans))
+    assert carry_out([stage], Budget()).carried_out == ["maps"] and called == [stage.info["scans"]]
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["a", "heart", "indices.csv"]
 
 
 def test_a_failing_stage_stops_only_what_needs_it(tmp_path):

@@ -22,6 +22,7 @@ from cardiac_qc_plugin.inferers import MCDropoutSliceInferer
 from cardiac_qc_plugin.networks import DilatedResNet22
 from cardiac_qc_plugin.workflows import files
 from cardiac_qc_plugin.workflows.run import CaseFailures, run, scores
+from cardiac_qc_plugin.workflows.table import folder_rows
 
 ROOT = Path(__file__).parents[2]
 FILES = ("segmentation", "entropy", "bayesian", "failure_probability", "failure_regions")
@@ -130,6 +131,28 @@ def test_an_interrupted_stage_does_not_count_as_done(scan, bundles, predictors, 
     (qc,) = run(find_scans(scan), tmp_path, *predictors)
     assert qc["segmentation"]["samples"] == 2 and maps.is_file()
     assert qc["segmentation"]["precision"] == "fp32"  # as the fixture's bundles ask for
+
+
+def test_a_case_whose_detection_failed_is_in_the_table_once(scan, predictors, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("no heart")
+
+    monkeypatch.setattr("cardiac_qc_plugin.workflows.run.detect", fail)
+    with pytest.raises(CaseFailures, match="no heart"):
+        run(find_scans(scan), tmp_path, *predictors)
+    assert [(row["case"], row["status"]) for row in folder_rows(tmp_path)] == [("oblique", "failed")]
+    (tmp_path / "worklist.csv").unlink()  # as if the run had been stopped there
+    (row,) = folder_rows(tmp_path)
+    assert (row["case"], row["slices"], row["map"]) == ("oblique", 3, "bmap") and "regions_flagged" not in row
+
+
+def test_a_bundle_may_be_moved(bundles, predictors, tmp_path):
+    """What is done counts as done, wherever weights lie and on whichever device."""
+    folder = tmp_path / "cardiac_dn_segmentation"
+    shutil.copytree(bundles / "cardiac_dn_segmentation", folder)
+    (folder / "models" / "model.pt").rename(tmp_path / "mine.pt")
+    moved = BundlePredictor(folder, samples=2, amp=False, ckpt_path=str(tmp_path / "mine.pt"))
+    assert moved.digest == predictors[0].digest
 
 
 def test_results_of_a_scan_that_broke_meanwhile_are_removed(predictors, tmp_path):

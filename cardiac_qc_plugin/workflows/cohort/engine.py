@@ -229,6 +229,8 @@ class Run:
         journal, write = self.journal, self.store.write
         if journal.count("hearts"):
             write("indices.csv", partial(write_csv, rows=journal.indices))
+        elif isinstance(self.store, FolderStore):
+            (self.store.folder / "indices.csv").unlink(missing_ok=True)  # of a run with others
         done = journal.count("cases", "status = 'done'")
         lines = [f"{done} case(s) done, {journal.count('cases') - done} failed."]
         lines += causes(journal.failures())

@@ -79,8 +79,9 @@ def segment_scans(device: str, stage: Stage, budget: Budget) -> None:
     """Segment a stage's scans; those that are done with the same weights are skipped."""
     scans = stage.info["scans"]
     cases = {scan.case for scan in scans}
-    for folder in [path for path in stage.folder.iterdir() if path.name not in cases]:
-        shutil.rmtree(folder)  # of another datalist
+    for record in list(stage.folder.glob("*/qc.json")):
+        if record.parent.name not in cases:
+            shutil.rmtree(record.parent)  # of another datalist
     predictor = segmenter(stage, device)
     for start in range(0, len(scans), SCANS_AT_ONCE):
         if not budget.allows():
