@@ -15,7 +15,15 @@ from torch import nn
 
 from . import __version__
 
-__all__ = ["EpochCheckpoint", "SnapshotSaver", "check_version", "load_weights", "read_threshold", "save_weights"]
+__all__ = [
+    "EpochCheckpoint",
+    "SnapshotSaver",
+    "check_version",
+    "epoch_length",
+    "load_weights",
+    "read_threshold",
+    "save_weights",
+]
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -65,6 +73,27 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         )
     network.load_state_dict(state)
     return network
+
+
+def epoch_length(iterations: int, snapshots: int = 0, longest: int = 250) -> int:
+    """Iterations of an epoch, after each of which there is a checkpoint: the most that divide the training evenly.
+
+    Args:
+        iterations: of the training.
+        snapshots: number of equal parts that leave weights; epochs divide these.
+        longest: an epoch has no more than this.
+
+    Raises:
+        ValueError: if only a few iterations would do, so that most of the time went into checkpoints.
+    """
+    part = iterations // max(snapshots, 1)
+    length = max((n for n in range(1, min(longest, part) + 1) if part % n == 0), default=0)
+    if length < min(part, 20):
+        raise ValueError(
+            f"{iterations} iterations cannot be divided into epochs of 20 to {longest}: take another number, such as "
+            f"{max(snapshots, 1) * -(-part // longest) * longest}, or give epoch_length."
+        )
+    return length
 
 
 def read_threshold(weights: str | Path) -> float:

@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from cardiac_qc_plugin.checkpoints import EpochCheckpoint, load_weights, save_weights
+from cardiac_qc_plugin.checkpoints import EpochCheckpoint, epoch_length, load_weights, save_weights
 from cardiac_qc_plugin.networks import DilatedCNN
 
 
@@ -186,3 +186,16 @@ def test_weights_of_another_network(weights, other, entry):
     for part in (str(weights), type(net).__name__, f"'{entry}'"):
         assert part in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 40, 250, 300, 1001, 3250, 4500, 8000, 100_000])
+def test_epochs_divide_a_training(iterations):
+    length = epoch_length(iterations)
+    assert iterations % length == 0 and min(iterations, 20) <= length <= 250
+    assert not any(iterations % n == 0 for n in range(length + 1, 251))
+
+
+def test_epochs_divide_the_parts_of_a_training():
+    assert epoch_length(8000, 5) == 200 and epoch_length(8000, 0) == 250
+    with pytest.raises(ValueError, match="1009 iterations cannot be divided into epochs of 20 to 250.*1250"):
+        epoch_length(1009)
