@@ -13,6 +13,7 @@ process that does nothing else. The maps are compared with an estimate from 200 
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,8 +68,11 @@ def flops(network: nn.Module, volume: torch.Tensor, window: tuple[slice, slice] 
     image, call = volume[..., 0], network
     if window is not None:
         rows, cols = window
-        border = network.padding if hasattr(network, "valid") else 0
-        call = network.valid if border else network
+        border = getattr(network, "border", 0)
+        if border:  # the region comes with its surroundings
+            call = copy.deepcopy(network)
+            for convolution in (module for module in call.modules() if isinstance(module, nn.Conv2d)):
+                convolution.padding, convolution.padding_mode = (0, 0), "zeros"
         image = F.pad(image, (border,) * 4)[
             ..., rows.start : rows.stop + 2 * border, cols.start : cols.stop + 2 * border
         ]

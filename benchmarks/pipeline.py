@@ -60,16 +60,15 @@ def timed_stages(predictors: workflow.Predictors, timer: Timer):
         "write": ("write_maps", "write_json"),
         "measure": ("structure_volumes", "slice_levels", "plausibility", "sample_volumes"),
         "pages of cases": ("write_case",),
-        "report": ("write_report", "write_worklist"),
+        "report": ("write_report", "write_csv", "write_table_of_run", "write_cines", "write_indices"),
     }
     places = [(workflow, name, stage) for stage, names in functions.items() for name in names]
     for predictor, task in zip(predictors, ("segment", "detect"), strict=True):
         parts = (("preprocessing", "preprocess"), ("inferer", "network"), ("postprocessing", "postprocess"))
         places += [(predictor, name, f"{task}: {stage}") for name, stage in parts]
-    kept = [(place, name, getattr(place, name)) for place, name, _ in places if hasattr(place, name)]
+    kept = [(place, name, getattr(place, name)) for place, name, _ in places]
     for place, name, stage in places:
-        if hasattr(place, name):
-            setattr(place, name, Timed(getattr(place, name), timer.timed(stage, getattr(place, name))))
+        setattr(place, name, Timed(getattr(place, name), timer.timed(stage, getattr(place, name))))
     try:
         yield
     finally:

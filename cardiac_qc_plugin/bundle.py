@@ -102,7 +102,10 @@ class BundlePredictor:
             raise ValueError(f"{config_file} has no setting '{unknown[0]}'.")
         overrides = {"bundle_root": str(folder), **overrides}
         if device != "auto":
-            overrides["device"] = f"$torch.device('{device}')"
+            try:  # by its own name: the text may come from a request, and the entry is an expression
+                overrides["device"] = f"$torch.device('{torch.device(device)}')"
+            except RuntimeError as error:
+                raise ValueError(f"There is no device '{device}': give auto, cpu, cuda, cuda:1, ...") from error
         self.config.update(overrides)
         self.config.parse()
         weights = Path(self._get("ckpt_path"))
@@ -262,5 +265,5 @@ def load_detector(
             f"{', '.join(map(' '.join, available)) or 'none'}. Train one with the bundle's train.json: "
             f"--segmentation_model {model} --map {map}."
         )
-    settings = {} if threshold is None else {"threshold": threshold}
+    settings = {} if threshold is None else {"threshold": float(threshold)}
     return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)

@@ -20,6 +20,7 @@
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
+import inspect
 import json
 import logging
 import signal
@@ -516,7 +517,9 @@ def fold_to_bundle(
 
 
 def _listed(value) -> tuple:
-    """One value or several, as Fire reads ``a,b``."""
+    """One value or several, with commas between; Fire takes only words apart, and no paths."""
+    if isinstance(value, str):
+        return tuple(value.split(","))
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
@@ -635,6 +638,9 @@ def main() -> None:
         "table": table,
         "review": review,
     }
+    for command in commands.values():  # a text is a text, also 2024 or 0.2
+        texts = [p.name for p in inspect.signature(command).parameters.values() if p.annotation in (str, str | None)]
+        fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
     try:
         fire.Fire(commands, name="pipeline.py")

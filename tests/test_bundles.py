@@ -14,7 +14,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 
-from cardiac_qc_plugin.bundle import MAPS, NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors
+from cardiac_qc_plugin.bundle import MAPS, NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
 from cardiac_qc_plugin.checkpoints import load_weights, read_threshold, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
@@ -499,6 +499,15 @@ def test_shipped_weights_are_plain_half_precision(weights):
     state = torch.load(weights, weights_only=True)
     assert all(value.dtype in (torch.float16, torch.int64) for value in state.values())
     assert all(bool(torch.isfinite(value.float()).all()) for value in state.values())
+
+
+def test_a_device_is_no_code(tmp_path):
+    code = f"cpu') if open('{tmp_path / 'trap'}', 'w') else torch.device('cpu"
+    with pytest.raises(ValueError, match="There is no device"):
+        BundlePredictor(ROOT / "bundles" / "cardiac_dn_segmentation", code)
+    with pytest.raises(ValueError, match="could not convert"):
+        load_detector("dn", "bmap", threshold=f"$open('{tmp_path / 'trap'}', 'w') and 0.5")
+    assert not (tmp_path / "trap").exists()
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

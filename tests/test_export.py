@@ -279,6 +279,9 @@ def test_other_weights_come_with_their_own_operating_point(tmp_path):
     assert point == (tmp_path / "mine_operating_point.json").read_bytes()
     assert "models/model_calibration.json" not in names  # of the bundle's own weights
     assert "models/dn_bmap_calibration.json" in names
+    (tmp_path / "mine_operating_point.json").unlink()
+    with pytest.raises(ValueError, match="model_operating_point.json|mine_operating_point.json: no operating point"):
+        export(FAILURE, tmp_path / "dist", weights=tmp_path / "mine.pt")
 
 
 def test_large_weights_become_an_asset(tmp_path):

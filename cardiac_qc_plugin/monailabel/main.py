@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
+from monailabel.utils.others.generic import name_to_device
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.bundle import BUNDLES, find_detectors, root_cause
@@ -32,6 +34,27 @@ def copy_bundles(target: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("resume_*", "eval"))
             temporary.rename(target / source.name)
+
+
+def check_request(value: Any, name: str = "request") -> None:
+    """Refuse what a request must not hold: MONAI would run text that begins like an expression of a configuration.
+
+    Raises:
+        HTTPException: 422, with the entry.
+    """
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            check_request(entry, str(key))
+    elif isinstance(value, list):
+        for entry in value:
+            check_request(entry, name)
+    elif isinstance(value, str) and value.lstrip()[:1] in tuple("$@%"):
+        raise HTTPException(422, f"{name}: a value must not begin with '{value.lstrip()[0]}'.")
+    elif name == "device":
+        try:
+            torch.device(name_to_device(value))
+        except (RuntimeError, TypeError) as error:
+            raise HTTPException(422, f"There is no device '{value}'.") from error
 
 
 class CardiacQCApp(MONAILabelApp):
@@ -73,6 +96,7 @@ class CardiacQCApp(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore=None) -> dict[str, Any]:
         """As MONAI Label's, with one line as the answer for what cannot be done."""
+        check_request(request)
         image = request["image"]
         if isinstance(image, str) and not os.path.exists(image) and image not in self.datastore().list_images():
             raise HTTPException(404, f"No image '{image}' in the datastore.")
@@ -85,6 +109,11 @@ class CardiacQCApp(MONAILabelApp):
             reason = str(error) if foreseen else f"{type(cause).__name__}: {cause}".splitlines()[0]
             logger.error("%s, %s: %s", request["model"], image, reason, exc_info=not foreseen)
             raise HTTPException(422, reason) from error
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As MONAI Label's."""
+        check_request(request)
+        return super().train(request)
 
     def batch_infer(self, request: dict[str, Any], datastore=None) -> dict[str, Any]:
         """As MONAI Label's, but an image that cannot be processed does not stop the others."""

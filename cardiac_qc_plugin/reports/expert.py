@@ -51,7 +51,11 @@ def expert_text(summary: Mapping[str, Any]) -> str:
 
 
 def _ours(row: Mapping[str, Any], digits: int) -> str:
-    marks = [sign for sign, key in (("\\*", "mann_whitney_p"), ("†", "wilcoxon_p")) if (row.get(key) or 1) <= 0.05]
+    marks = [
+        sign
+        for sign, key in (("\\*", "mann_whitney_p"), ("†", "wilcoxon_p"))
+        if (p := row.get(key)) is not None and p <= 0.05
+    ]
     return " ".join([f"{number(row['mean'], digits)} ± {number(row['sd'], digits)}", *marks])
 
 

@@ -18,7 +18,7 @@ from cardiac_qc_plugin.reports.pictures import MAP_TOP
 from cardiac_qc_plugin.review.journal import Journal
 from cardiac_qc_plugin.review.state import PAUSE, Refused, ReviewState, find_regions, voxel_counts
 from cardiac_qc_plugin.workflows.cine import named_indices
-from cardiac_qc_plugin.workflows.correct import accept_edits, write_correction
+from cardiac_qc_plugin.workflows.correct import RECORD, accept_edits, write_correction
 from cardiac_qc_plugin.workflows.files import (
     Volume,
     case_folders,
@@ -229,18 +229,25 @@ class CaseReview:
         if action["action"] == "finish":
             self.write_segmentation()
         self._record(event)
+        if action["action"] == "reopen":
+            self.withdraw()
 
     def _record(self, event: dict[str, Any]) -> None:
         event = {"time": now(), **event}
         self.journal.append(event)
         self.state.apply(event)
 
+    def withdraw(self) -> None:
+        """Remove the results of a review that is not finished any more; all of it is in the journal."""
+        for name in (AUDIT, "audit.csv", RECORD, SEGMENTATION, "edited.nii.gz"):
+            (self.output / name).unlink(missing_ok=True)
+
     def write_segmentation(self) -> None:
         """Write ``edited.nii.gz``, and what ``correct --edited`` makes of it: by the same rule, the same files."""
         edited = self.output / "edited.nii.gz"
         write_like(edited, self.state.labels, self.segmentation)
         labels, notes, sources = accept_edits(edited, self.folder, self.segmentation)
-        notes |= {"reviewer": self.state.reviewer, "seconds": round(self.state.seconds, 1)}
+        notes["reviewer"] = self.state.reviewer
         write_correction(self.name, self.folder, self.output, self.segmentation, labels, notes, sources)
 
     def audit(self) -> dict[str, Any]:
@@ -302,7 +309,9 @@ class Seat:
         if name not in self.reviews:
             review = self.reviews[name] = CaseReview(name, self.folders[name], self.output / name)
             audit, finished = review.output / AUDIT, review.state.finished
-            if finished and not (audit.is_file() and read_json(audit)["finished_utc"] == finished):
+            if not finished and review.journal.events:
+                review.withdraw()  # the server was killed just after the case was reopened
+            elif finished and not (audit.is_file() and read_json(audit)["finished_utc"] == finished):
                 self.write_audit(review)  # the server was killed just after the case was finished
         return self.reviews[name]
 
@@ -332,9 +341,12 @@ class Seat:
         """Do an action on a case, and return its state; finishing also writes the audit trail and the indices."""
         review = self.review(name)
         review.act(session, action)
-        if action["action"] == "finish":
-            return {**review.current(), "indices": self.write_audit(review)}
-        return review.current()
+        if action["action"] not in ("finish", "reopen"):
+            return review.current()
+        indices = self.write_audit(review) if review.state.finished else None
+        for other in self._finished_beside(review):  # whose indices this phase is part of
+            self.write_audit(other)
+        return {**review.current(), "indices": indices}
 
     def write_audit(self, review: CaseReview) -> dict[str, Any]:
         """Write ``audit.json`` and ``audit.csv`` of a finished case; returns its clinical indices."""
@@ -348,10 +360,13 @@ class Seat:
 
         Of the other phase the reviewed segmentation counts once its own review is finished.
         """
-        phases = self._phases(review)
+        try:
+            phases = self._phases(review)
+            both = {phase: self.review(name) for phase, name in (phases or {}).items()}
+        except ValueError as error:  # the other phase is damaged; this one is none the worse
+            return {"missing": str(error)}
         if phases is None:
             return {"missing": "the patient's other phase is not among the cases, or end-diastole is not known"}
-        both = {phase: self.review(name) for phase, name in phases.items()}
         done = {phase: one is review or bool(one.state.finished) for phase, one in both.items()}
         before = {phase: one._volumes(one.state.automatic) for phase, one in both.items()}
         after = {phase: one._volumes(one.state.labels) if done[phase] else before[phase] for phase, one in both.items()}
@@ -362,6 +377,11 @@ class Seat:
             "after": _numbers(named_indices(after["ED"], after["ES"], None)),
         }
 
+    def _finished_beside(self, review: CaseReview) -> list[CaseReview]:
+        """The patient's other phase, if its review is finished."""
+        names = set(self.indices(review).get("cases", {}).values()) - {review.name}
+        return [self.review(name) for name in names if self.review(name).state.finished]
+
     def _phases(self, review: CaseReview) -> dict[str, str] | None:
         """Names of the end-diastolic and end-systolic case of a patient."""
         cine = review.folder.parent / "cine.json"
@@ -371,11 +391,11 @@ class Seat:
             found = {phase: f"{heart}/phase{number:02d}" for phase, number in numbers.items() if number is not None}
             known = len(found) == 2 and review.name in found.values() and set(found.values()) <= set(self.folders)
             return found if known else None
-        patient, _ = _patient_and_phase(review)
+        patient, _ = patient_and_phase(review.name, Path(review.qc["input"]["path"]))
         found = {}
         for name in self.folders:
-            if name.startswith(patient):
-                other, phase = _patient_and_phase(self.review(name))
+            if name.startswith(patient) and (path := _input_path(self.folders[name])):
+                other, phase = patient_and_phase(name, path)
                 found |= {phase: name} if other == patient else {}
         return {phase: found[phase] for phase in ("ED", "ES")} if {"ED", "ES"} <= set(found) else None
 
@@ -388,8 +408,12 @@ def _not_begun(folder: Path) -> dict[str, Any]:
     return {"status": "open", "regions": len(qc["detection"]["regions"]), "decided": 0, "seconds": 0.0}
 
 
-def _patient_and_phase(review: CaseReview) -> tuple[str, str]:
-    return patient_and_phase(review.name, Path(review.qc["input"]["path"]))
+def _input_path(folder: Path) -> Path | None:
+    """The scan of a case, from ``qc.json``; None if that is damaged, which is said where the case is opened."""
+    try:
+        return Path(read_json(folder / "qc.json")["input"]["path"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _numbers(indices: dict[str, float]) -> dict[str, float | None]:

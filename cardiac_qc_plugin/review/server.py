@@ -7,6 +7,7 @@ import contextlib
 import json
 import secrets
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -57,10 +58,12 @@ class Guard:
         app: what to guard.
         token: the secret of this start of the server.
         port: on which the server listens.
+        once: another secret, which opens the page a single time: for the command line of a browser, which other users
+            of this computer can see.
     """
 
-    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self.app, self.token = app, token
+    def __init__(self, app: ASGIApp, token: str, port: int, once: str | None = None) -> None:
+        self.app, self.token, self.once = app, token, once
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
         self.cookie = f"review_{port}"  # cookies of this computer are shared by all its ports
 
@@ -77,7 +80,8 @@ class Guard:
 
         if reason:
             app: ASGIApp = JSONResponse({"error": reason}, status_code=403)
-        elif request.url.path == "/" and self.is_token(request.query_params.get("token")):
+        elif request.url.path == "/" and self.opens(request.query_params.get("token")):
+            self.once = None if request.query_params["token"] == self.once else self.once
             app = RedirectResponse("/", status_code=303)  # the token leaves the address bar and the history
             app.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
         else:
@@ -96,17 +100,26 @@ class Guard:
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and request.url.path != "/":
             return "Requests of other sites are refused."
         given = request.cookies.get(self.cookie)
+        if request.url.path == "/" and self.opens(request.query_params.get("token")):
+            return None
         if request.url.path == "/":
             given = request.query_params.get("token") or given
         if not self.is_token(given):
             return "Open the address that the review command printed: its token is missing or that of an earlier start."
         return None
 
+    def opens(self, given: str | None) -> bool:
+        """Whether it is a secret that may stand in the page's address."""
+        once = (
+            self.once is not None and given is not None and secrets.compare_digest(given.encode(), self.once.encode())
+        )
+        return once or self.is_token(given)
+
     def is_token(self, given: str | None) -> bool:
         return given is not None and secrets.compare_digest(given.encode(), self.token.encode())
 
 
-def create_app(seat: Seat, token: str, port: int, reviewer: str = "") -> ASGIApp:
+def create_app(seat: Seat, token: str, port: int, reviewer: str = "", once: str | None = None) -> ASGIApp:
     """The application; all paths that it reads or writes come from the seat's list of cases.
 
     Args:
@@ -114,6 +127,7 @@ def create_app(seat: Seat, token: str, port: int, reviewer: str = "") -> ASGIApp
         token: secret that the page has to show.
         port: on which the server listens.
         reviewer: name that the page proposes.
+        once: see `Guard`.
     """
 
     async def page(request: Request) -> Response:
@@ -183,7 +197,7 @@ def create_app(seat: Seat, token: str, port: int, reviewer: str = "") -> ASGIApp
         ValueError: lambda request, error: problem(422, str(error)),
         OutputError: lambda request, error: problem(507, f"Not saved: {error}"),
     }
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), token, port)
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), token, port, once)
 
 
 def problem(status: int, message: str) -> Response:
@@ -251,12 +265,13 @@ def serve(
             raise OSError(error.errno, f"{error.strerror}: choose another --port than {port}.") from error
         listener.listen()  # before the address is told
         port = listener.getsockname()[1]
-        token = secrets.token_urlsafe(32)
-        address = f"http://{HOST}:{port}/?token={token}"
-        announce(f"{len(seat.folders)} cases. Corrections go to {output}\nOpen {address}\nCtrl-C ends the server.")
-        config = uvicorn.Config(
-            create_app(seat, token, port, reviewer), log_level="warning", server_header=False, ws="none", lifespan="off"
+        token, once = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        address = f"http://{HOST}:{port}/?token="
+        announce(
+            f"{len(seat.folders)} cases. Corrections go to {output}\nOpen {address}{token}\nCtrl-C ends the server."
         )
-        if browser:
-            webbrowser.open(address)
+        app = create_app(seat, token, port, reviewer, once if browser else None)
+        config = uvicorn.Config(app, log_level="warning", server_header=False, ws="none", lifespan="off")
+        if browser:  # in a thread: a browser in the terminal returns when it is closed
+            threading.Thread(target=webbrowser.open, args=(address + once,), daemon=True).start()
         uvicorn.Server(config).run(sockets=[listener])

@@ -1,5 +1,6 @@
 """MONAI's Auto3DSeg over a datalist with our algorithm templates, and its ensemble as a stage of the pipeline."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,8 +60,9 @@ def choose(algos: str | list[str] | None) -> list[str]:
 def remember(output: Path, request: dict[str, Any]) -> None:
     """Refuse a folder that holds another request's results: AutoRunner would go on with its algorithms and settings."""
     file = output / "request.json"
+    request = json.loads(json.dumps(request))  # as it is read back
     before = read_json(file) if file.is_file() else request
-    changed = [key for key in request if request[key] != before.get(key)]
+    changed = [key for key in request | before if request.get(key) != before.get(key)]
     if changed:
         raise ValueError(f"{output} was made with other {', '.join(changed)}. Choose another output folder.")
     write_json(file, request)

@@ -19,7 +19,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.bundle import find_bundle
-from cardiac_qc_plugin.checkpoints import load_weights
+from cardiac_qc_plugin.checkpoints import load_weights, read_threshold
 
 from .files import file_sha256, read_json, write_file
 
@@ -208,6 +208,8 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
     config = ConfigParser()
     config.read_config(str(folder / "configs" / "inference.json"))
     load_weights(config.get_parsed_content("network_def"), files["models/model.pt"])
+    if "read_threshold" in str(config.get("threshold")):
+        read_threshold(files["models/model.pt"])  # it has to be there, too
     return files
 
 

@@ -120,8 +120,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table as CSV, unless it is empty; a column that a row lacks stays empty in it."""
+    """Write a table as CSV; a column that a row lacks stays empty in it. Of an empty table there is no file."""
     if not rows:
+        path.unlink(missing_ok=True)
         return
     stream = io.StringIO()
     columns = dict.fromkeys(column for row in rows for column in row)

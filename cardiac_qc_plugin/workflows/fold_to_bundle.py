@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def note_weights(folder: Path, version: str | None, what: str, metrics: dict[str
     if version is None:
         first, _, last = metadata["version"].rpartition(".")
         version = f"{first}.{int(last) + 1}"
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise ValueError(f"A version has three numbers, such as 0.2.0; got '{version}'.")
     if version in metadata["changelog"]:
         raise ValueError(f"{folder.name}: version {version} is in its changelog already. Give another version.")
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has numbers only

@@ -256,6 +256,12 @@ def test_app_refuses_what_it_cannot_do(scans, tmp_path):
         message = server.infer("cardiac_drn_segmentation", "torn", 422, **SAMPLES)
         assert "torn.nii.gz" in message and "\n" not in message
         assert "bmap or emap, got 'tmap'" in server.infer("cardiac_qc", "clear_ed", 422, map="tmap")
+        trap = tmp_path / "trap"
+        for name in ("cardiac_qc", "cardiac_drn_segmentation"):  # nothing that a client sends is evaluated
+            code = f"cpu') if open('{trap}', 'w') else torch.device('cpu"
+            assert "no device" in server.infer(name, "clear_ed", 422, device=code)
+            assert "must not begin" in server.infer(name, "clear_ed", 422, threshold=f"$open('{trap}', 'w')")
+        assert not trap.exists()
         assert "needs 2 samples" in server.infer("cardiac_qc", "clear_ed", 422, samples=1)
         assert "model.pt: no such file" in server.infer("cardiac_qc", "clear_ed", 422, segmentation_model="unet")
         assert "cardiac_unet_segmentation" in server.infer("cardiac_unet_segmentation", "clear_ed", 404)

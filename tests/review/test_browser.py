@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import nibabel as nib
 import numpy as np
@@ -210,6 +211,49 @@ def test_saves_wait_for_a_server_that_does_not_answer(chromium, address):
     screen.page.reload()
     screen.page.wait_for_selector("#seat:not([hidden])")
     np.testing.assert_array_equal(screen.labels(), painted)
+
+
+def test_leaving_waits_for_what_is_not_saved(chromium, address):
+    screen = Screen(chromium, address)
+    screen.open()
+    _, row, col, _ = REGIONS[1]
+    screen.press("3")
+    screen.page.route("**/api/act", lambda route: route.abort())
+    screen.page.mouse.move(*screen.point(row + 2, col + 2))
+    screen.page.mouse.down()
+    screen.page.mouse.up()
+    for choice, list_is_shown in (("Stay", False), ("Leave without them", True)):
+        screen.page.wait_for_selector("#saved.unsaved")
+        screen.page.keyboard.press("Escape")
+        screen.page.wait_for_selector("#message[open]")
+        assert "1 actions are not saved yet" in screen.page.text_content("#message-text")
+        screen.page.click(f"#message >> text={choice}")
+        screen.page.wait_for_selector("#worklist:not([hidden])" if list_is_shown else "#seat:not([hidden])")
+
+
+def test_leaving_at_once_saves_all(chromium, address):
+    """The answer to the first action has not come when the case is left."""
+    screen = Screen(chromium, address)
+    screen.open()
+    _, row, col, _ = REGIONS[1]
+    screen.press("3")
+
+    def slow(route):
+        time.sleep(0.5)
+        route.continue_()
+
+    screen.page.route("**/api/act", slow)
+    for step in (2, 4):
+        screen.page.mouse.move(*screen.point(row + step, col + step))
+        screen.page.mouse.down()
+        screen.page.mouse.up()
+    painted = screen.labels()
+    screen.page.keyboard.press("Escape")
+    screen.page.wait_for_selector("#worklist:not([hidden])")
+    screen.page.unroute("**/api/act")
+    screen.open()
+    np.testing.assert_array_equal(screen.labels(), painted)
+    assert (painted != automatic()).any() and not screen.complaints
 
 
 def test_a_phone(chromium, address):

@@ -101,6 +101,17 @@ def test_the_token_in_the_address_opens_the_page_only(app):
     assert client.get("/api/cases", params={"token": TOKEN}).status_code == 403
 
 
+def test_the_token_of_a_browsers_command_line_opens_once(predictions, tmp_path):
+    app = create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT, once="shown")
+    first, second = (TestClient(app, base_url=HOME, follow_redirects=False) for _ in range(2))
+    assert first.get("/", params={"token": "shown"}).status_code == 303
+    assert first.get("/api/cases").status_code == 200
+    assert second.get("/", params={"token": "shown"}).status_code == 403
+    second.headers = [(b"Cookie", f"review_{PORT}=shown".encode())]
+    assert second.get("/api/cases").status_code == 403
+    assert first.get("/", params={"token": TOKEN}).status_code == 303
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", f"evil.example:{PORT}", "127.0.0.1", "127.0.0.1:80", f"127.0.0.1.evil.example:{PORT}", ""]
 )
@@ -454,6 +465,42 @@ def test_a_server_killed_right_after_finishing_makes_up_the_audit(page, predicti
     other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
     other.client.get("/api/cases")
     assert json.loads(audit.read_text()) == content
+
+
+def test_a_reopened_case_has_no_result_until_it_is_finished_again(page, predictions, tmp_path):
+    finish(page)
+    out = tmp_path / "out" / "p1_ed"
+    files = {path.name for path in out.iterdir()}
+    assert page.act("reopen").status_code == 200
+    assert {path.name for path in out.iterdir()} == {"review.jsonl"}
+    (out / "segmentation.nii.gz").touch()  # as if the server had been killed in between
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    assert other.client.get("/api/cases").json()[0]["status"] == "in progress"
+    assert not (out / "segmentation.nii.gz").exists()
+    assert page.act("finish").status_code == 200
+    assert {path.name for path in out.iterdir()} == files
+
+
+def test_the_audit_of_a_phase_follows_the_other_phase(page, tmp_path):
+    def reviewed():
+        return json.loads((tmp_path / "out" / "p1_ed" / "audit.json").read_text())["indices"]["reviewed"]
+
+    finish(page)
+    assert reviewed() == {"ED": True, "ES": False}
+    finish(page, "p1_es")
+    assert reviewed() == {"ED": True, "ES": True}
+    page.act("reopen")
+    assert reviewed() == {"ED": True, "ES": False}
+
+
+@pytest.mark.parametrize("lost", ["segmentation.nii.gz", "qc.json"])
+def test_a_case_can_be_finished_beside_a_damaged_one(page, predictions, tmp_path, lost):
+    (predictions / "p1_es" / lost).write_text("torn")
+    finish(page)
+    audit = json.loads((tmp_path / "out" / "p1_ed" / "audit.json").read_text())
+    assert audit["finished_utc"] and "missing" in audit["indices"]
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    assert {row["case"]: row["status"] for row in other.client.get("/api/cases").json()}["p1_ed"] == "finished"
 
 
 def test_a_case_finished_before_all_was_decided(page, predictions, tmp_path):

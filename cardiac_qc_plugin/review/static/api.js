@@ -40,7 +40,7 @@ export class ActionQueue {
   constructor(caseName, session, { onState, onStatus, onProblem }) {
     Object.assign(this, { caseName, session, onState, onStatus, onProblem });
     this.waiting = [];
-    this.running = false;
+    this.running = null; // until all is sent
     this.ended = false;
   }
 
@@ -51,10 +51,14 @@ export class ActionQueue {
     this.run();
   }
 
-  async run() {
-    if (this.running) return;
-    this.running = true;
-    while (this.waiting.length && !this.ended) {
+  // Resolves when nothing waits any more.
+  run() {
+    this.running ??= this.sendAll().finally(() => (this.running = null));
+    return this.running;
+  }
+
+  async sendAll() {
+    while (this.waiting.length) {
       try {
         const action = this.waiting[0];
         const state = await post("api/act", { case: this.caseName, session: this.session, action });
@@ -73,11 +77,12 @@ export class ActionQueue {
         }
       }
     }
-    this.running = false;
   }
 
+  // What still waits is given up.
   end() {
     this.ended = true;
+    this.waiting = [];
     post("api/close", { case: this.caseName, session: this.session }, true).catch(() => {});
   }
 }

@@ -23,11 +23,15 @@ const tool = { label: 1, brush: 2, showMap: false, showLabels: true };
 // ---- worklist
 
 async function showWorklist() {
-  leaveCase();
+  if (!(await leaveCase())) return;
   history.replaceState(null, "", location.pathname);
   $("worklist").hidden = false;
   $("seat").hidden = true;
-  cases = await get("api/cases");
+  try {
+    cases = await get("api/cases");
+  } catch (problem) {
+    return tell(problem.message);
+  }
   const done = cases.filter((row) => row.status === "finished");
   const reviewable = cases.filter((row) => row.regions);
   const timed = done.filter((row) => row.regions);
@@ -62,12 +66,18 @@ const nextCase = () => cases.find((row) => row.regions && row.status !== "finish
 const unflaggedCases = () => cases.filter((row) => row.regions === 0 && row.status === "open");
 
 async function acceptUnflagged() {
+  const problems = [];
   for (const row of unflaggedCases()) {
-    const { session } = await post("api/open", { case: row.case, reviewer: reviewer() });
-    await post("api/act", { case: row.case, session, action: { id: session, action: "finish" } });
-    await post("api/close", { case: row.case, session });
+    try {
+      const { session } = await post("api/open", { case: row.case, reviewer: reviewer() });
+      await post("api/act", { case: row.case, session, action: { id: session, action: "finish" } });
+      await post("api/close", { case: row.case, session });
+    } catch (problem) {
+      problems.push(`${row.case}: ${problem.message}`);
+    }
   }
-  showWorklist();
+  await showWorklist();
+  if (problems.length) tell(`${problems.length} cases were not accepted. ${problems.join(" ")}`);
 }
 
 function reviewer() {
@@ -78,7 +88,18 @@ function reviewer() {
 
 // ---- a case
 
+let opening = false; // a second click meanwhile would be another window's
 async function openCase(name, takeOver = false) {
+  if (opening) return;
+  opening = true;
+  try {
+    await load(name, takeOver);
+  } finally {
+    opening = false;
+  }
+}
+
+async function load(name, takeOver) {
   if (!reviewer()) {
     await showWorklist();
     $("reviewer").focus();
@@ -90,9 +111,9 @@ async function openCase(name, takeOver = false) {
     const previous = sessionStorage.getItem(key);
     answer = await post("api/open", { case: name, reviewer: reviewer(), previous, take_over: takeOver });
     sessionStorage.setItem(key, answer.session);
-    const load = (volume, Type) => getVoxels(`api/volume?case=${encodeURIComponent(name)}&name=${volume}`, Type);
-    voxels = await Promise.all([load("image", Uint16Array), load("uncertainty", Uint8Array),
-      load("automatic", Uint8Array), load("regions", Uint16Array)]);
+    const fetched = (volume, Type) => getVoxels(`api/volume?case=${encodeURIComponent(name)}&name=${volume}`, Type);
+    voxels = await Promise.all([fetched("image", Uint16Array), fetched("uncertainty", Uint8Array),
+      fetched("automatic", Uint8Array), fetched("regions", Uint16Array)]);
   } catch (problem) {
     await showWorklist();
     if (problem.status !== 409) return tell(problem.message);
@@ -102,10 +123,9 @@ async function openCase(name, takeOver = false) {
   $("worklist").hidden = true;
   $("seat").hidden = false;
   const volume = new Volume(answer, ...voxels);
+  const here = (then) => (...values) => open?.queue === queue && then(...values); // not of a case that was left
   const queue = new ActionQueue(name, answer.session, {
-    onState: (state, isLast) => adopt(state, isLast),
-    onStatus: showSaved,
-    onProblem: (problem, lost) => refused(name, problem, lost),
+    onState: here(adopt), onStatus: here(showSaved), onProblem: here((problem, lost) => refused(name, problem, lost)),
   });
   open = { name, volume, queue, view: new SliceView($("view"), volume, colors), state: answer.state, z: 0, stroke: null,
     whole: false, level: 0, width: 0, shownAt: 0, ticked: Date.now(), isMarked: false };
@@ -121,9 +141,17 @@ async function openCase(name, takeOver = false) {
   showRegion();
 }
 
-function leaveCase() {
-  open?.queue.end();
+// Leaves the case when all is saved, or when the user gives up what is not. Resolves to whether it was left.
+async function leaveCase() {
+  const queue = open?.queue;
+  if (!queue) return true;
+  if (queue.waiting.length) await Promise.race([queue.run(), new Promise((resolve) => setTimeout(resolve, 3000))]);
+  if (open?.queue !== queue) return !open; // left by another way meanwhile
+  const unsaved = queue.waiting.length;
+  if (unsaved && !(await confirmed(`${unsaved} actions are not saved yet.`, "Leave without them"))) return false;
+  queue.end();
   open = null;
+  return true;
 }
 
 const currentRegion = () => open.state.regions.find((region) => region.id === open.state.position);
@@ -142,14 +170,15 @@ function adopt(state, isLast) {
 }
 
 async function refused(name, problem, lost) {
+  const notSaved = lost > 1 ? ` ${lost} actions were not saved.` : "";
   if (problem.status === 409 || problem.status === 403) {
-    const text = problem.message + (lost > 1 ? ` ${lost} actions were not saved.` : "");
+    const text = problem.message + notSaved;
     open.queue.ended = true;
     if (problem.status === 403) return tell(text);
     sessionStorage.removeItem(`session ${name}`);
     return ask(text, { "Take it over again": () => openCase(name, true), "All cases": showWorklist });
   }
-  toast(problem.message);
+  toast(problem.message + notSaved);
   adopt(await get(`api/state?case=${encodeURIComponent(name)}`), true);
 }
 
@@ -509,6 +538,7 @@ document.addEventListener("keydown", (event) => {
 });
 document.addEventListener("keyup", (event) => event.key === " " && (spaceDown = false));
 new ResizeObserver(() => open && refresh()).observe($("stage"));
+window.addEventListener("beforeunload", (event) => open?.queue.waiting.length && event.preventDefault());
 window.addEventListener("pagehide", () => open?.queue.end());
 
 // ---- messages
@@ -521,6 +551,10 @@ function ask(content, choices) {
     return button;
   }));
   if (!$("message").open) $("message").showModal();
+}
+
+function confirmed(text, yes) {
+  return new Promise((resolve) => ask(text, { "Stay": () => resolve(false), [yes]: () => resolve(true) }));
 }
 
 function tell(text) {

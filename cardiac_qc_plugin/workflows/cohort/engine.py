@@ -229,11 +229,16 @@ class Run:
         journal, write = self.journal, self.store.write
         if journal.count("hearts"):
             write("indices.csv", partial(write_csv, rows=journal.indices))
-        elif isinstance(self.store, FolderStore):
-            (self.store.folder / "indices.csv").unlink(missing_ok=True)  # of a run with others
+        else:
+            self.store.remove("indices.csv")  # of a run with others
         done = journal.count("cases", "status = 'done'")
         lines = [f"{done} case(s) done, {journal.count('cases') - done} failed."]
         lines += causes(journal.failures())
+        repeated = {
+            case: "several inputs are this case, and its files are those of one. Name each."
+            for case in journal.repeated()
+        }
+        lines += [f"  {case}: {message}" for case, message in repeated.items()]
         if not journal.count("cases", "worklist = 'null'"):  # with detection
             write("worklist.csv", partial(write_csv, rows=journal.worklist, last="message"))
             lines.append(f"Worklist: {self.store}/worklist.csv")
@@ -242,7 +247,7 @@ class Run:
                 lines.append(f"Report:   {self.store}/report.html")
         write(TABLE, partial(write_table, rows=(with_heart(*pair) for pair in journal.rows())))
         lines.append(f"Table:    {self.store}/{TABLE}")
-        return Outcome("\n".join(lines), dict(self.failures()))
+        return Outcome("\n".join(lines), repeated | dict(self.failures()))
 
     def failures(self) -> list[tuple[str, str]]:
         """Case and reason of what failed, as far as a page has room for it."""

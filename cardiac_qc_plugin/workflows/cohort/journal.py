@@ -80,6 +80,10 @@ class Journal:
         values = (file, number, *(row.get(name) for name in names), json.dumps(row), json.dumps(worklist), *scores)
         self.db.execute(f"INSERT OR REPLACE INTO cases VALUES ({', '.join('?' * len(values))})", values)
 
+    def repeated(self) -> list[str]:
+        """Names of cases that several files gave."""
+        return [name for (name,) in self.db.execute("SELECT name FROM cases GROUP BY name HAVING COUNT(*) > 1")]
+
     def add_heart(self, file: int, is_pair: bool, row: dict[str, Any]) -> None:
         """Keep a heart's line of ``indices.csv``."""
         self.db.execute(

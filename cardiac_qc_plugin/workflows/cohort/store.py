@@ -44,6 +44,10 @@ class FolderStore:
         """Write a file by a function of a path; it appears when it is complete."""
         write_file(self.folder / name, write)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def working(self, name: str) -> Iterator[Path]:
         """A folder in which `name` has what is stored under it, and what is changed below it is stored."""
@@ -120,6 +124,11 @@ class UrlStore:
             path = Path(folder) / Path(name).name
             write_file(path, write)
             self.put(path, name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with self.reaching(name), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{name}")
 
     @contextlib.contextmanager
     def working(self, name: str) -> Iterator[Path]:
