@@ -55,7 +55,7 @@ def update_case(folder: Path, links: Mapping[str, Any], heart: Mapping[str, Any]
     placed = page
     for name, html in parts.items():
         before, _, rest = placed.partition(f"<!--{name}-->")
-        placed = f"{before}<!--{name}-->\n{html}\n<!--/{name}-->{rest.partition(f'<!--/{name}-->')[2]}"
+        placed = f"{before}<!--{name}-->{html}<!--/{name}-->{rest.partition(f'<!--/{name}-->')[2]}"
     if placed != page:
         write_text(folder / PAGE, placed)
     return read_record(placed)
