@@ -11,7 +11,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
-from .checkpoints import check_version, load_weights
+from .checkpoints import check_version, detector_file, load_weights
 
 __all__ = [
     "BundlePredictor",
@@ -248,9 +248,8 @@ def load_models(
 
 def find_detectors(folder: Path) -> list[tuple[str, str]]:
     """Network and map of each detector whose weights are in the failure bundle, the bundle's default first."""
-    files = {(model, map): f"{model}_{map}.pt" for model in NETWORKS for map in MAPS}
-    files[NETWORKS[0], MAPS[0]] = "model.pt"  # the name that MONAI's tools look for
-    return [detector for detector, file in files.items() if (folder / "models" / file).is_file()]
+    detectors = [(network, map) for network in NETWORKS for map in MAPS]
+    return [detector for detector in detectors if (folder / "models" / detector_file(*detector)).is_file()]
 
 
 def load_detector(

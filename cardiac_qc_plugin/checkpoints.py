@@ -19,6 +19,7 @@ __all__ = [
     "EpochCheckpoint",
     "SnapshotSaver",
     "check_version",
+    "detector_file",
     "epoch_length",
     "load_weights",
     "read_threshold",
@@ -73,6 +74,11 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         )
     network.load_state_dict(state)
     return network
+
+
+def detector_file(network: str, map: str) -> str:
+    """Name of the file of a detector's weights; of the bundle's default it is the one that MONAI's tools look for."""
+    return "model.pt" if (network, map) == ("drn", "bmap") else f"{network}_{map}.pt"
 
 
 def epoch_length(iterations: int, snapshots: int = 0, longest: int = 250) -> int:

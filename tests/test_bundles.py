@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 
 from cardiac_qc_plugin.bundle import MAPS, NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
-from cardiac_qc_plugin.checkpoints import load_weights, read_threshold, save_weights
+from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
@@ -483,7 +483,7 @@ def test_calibrations_are_of_the_shipped_weights_and_of_unseen_patients():
     detectors = find_detectors(folder.parent)
     assert {("drn", "bmap"), ("drn", "emap"), ("dn", "bmap"), ("dn", "emap")} <= set(detectors)
     for model, map in detectors:
-        weights = folder / ("model.pt" if (model, map) == ("drn", "bmap") else f"{model}_{map}.pt")
+        weights = folder / detector_file(model, map)
         calibration = read_calibration(folder / f"{weights.stem}_calibration.json")
         assert (calibration.model, calibration.map) == (model, map)
         assert set(calibration.patients) == unseen and len(calibration.patients) == len(unseen)

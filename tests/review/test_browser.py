@@ -62,13 +62,17 @@ class Screen:
         return self.page.evaluate("([i, j]) => review.point(i, j)", [i, j])
 
     def drag(self, *voxels):
-        """The mouse, with its left button down, over the middles of these voxels."""
+        """The mouse, with its left button down, over the middles of these voxels, until that is saved."""
+        self.stroke(*voxels)
+        self.saved()
+
+    def stroke(self, *voxels):
+        """The same without waiting."""
         self.page.mouse.move(*self.point(*voxels[0]))
         self.page.mouse.down()
         for voxel in voxels[1:]:
             self.page.mouse.move(*self.point(*voxel), steps=4)
         self.page.mouse.up()
-        self.saved()
 
     def saved(self):
         self.page.wait_for_selector("#saved.saved")
@@ -199,9 +203,7 @@ def test_saves_wait_for_a_server_that_does_not_answer(chromium, address):
     _, row, col, _ = REGIONS[1]
     screen.press("3")
     screen.page.route("**/api/act", lambda route: route.abort())
-    screen.page.mouse.move(*screen.point(row + 2, col + 2))
-    screen.page.mouse.down()
-    screen.page.mouse.up()
+    screen.stroke((row + 2, col + 2))
     screen.page.wait_for_selector("#saved.unsaved")
     assert "NOT SAVED" in screen.page.text_content("#saved")
     screen.page.unroute("**/api/act")
@@ -219,9 +221,7 @@ def test_leaving_waits_for_what_is_not_saved(chromium, address):
     _, row, col, _ = REGIONS[1]
     screen.press("3")
     screen.page.route("**/api/act", lambda route: route.abort())
-    screen.page.mouse.move(*screen.point(row + 2, col + 2))
-    screen.page.mouse.down()
-    screen.page.mouse.up()
+    screen.stroke((row + 2, col + 2))
     for choice, list_is_shown in (("Stay", False), ("Leave without them", True)):
         screen.page.wait_for_selector("#saved.unsaved")
         screen.page.keyboard.press("Escape")
@@ -244,9 +244,7 @@ def test_leaving_at_once_saves_all(chromium, address):
 
     screen.page.route("**/api/act", slow)
     for step in (2, 4):
-        screen.page.mouse.move(*screen.point(row + step, col + step))
-        screen.page.mouse.down()
-        screen.page.mouse.up()
+        screen.stroke((row + step, col + step))
     painted = screen.labels()
     screen.page.keyboard.press("Escape")
     screen.page.wait_for_selector("#worklist:not([hidden])")
