@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .networks.dilated_cnn import EdgePaddedConv2d
+
 __all__ = [
     "FusedNetwork",
     "SequentialNetwork",
@@ -27,6 +29,7 @@ convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None
 # multiplying, rounding and converting instead takes five times as long
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
 SMALLEST = 16  # channels in and out from which on 8-bit integers pay
+_CONVOLUTIONS = (nn.Conv2d, EdgePaddedConv2d)
 _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 
 
@@ -430,7 +433,7 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
         return bool(layers) and isinstance(layers[-1], _Convolution | _InstanceNorm)
 
     while queue:
-        if convolution := take(nn.Conv2d):
+        if convolution := take(*_CONVOLUTIONS):
             norm = take(nn.BatchNorm2d)
             if norm is not None:
                 convolution = fuse_conv_bn_eval(convolution.eval(), norm.eval())
@@ -457,7 +460,7 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
     """Replace, in a module and below, sequences, single convolutions and dropout."""
     if _pads_otherwise(module):
         return module
-    if type(module).forward is nn.Sequential.forward or type(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
+    if type(module).forward is nn.Sequential.forward or type(module) in (*_CONVOLUTIONS, nn.Dropout, nn.Dropout2d):
         return _fuse_sequence([module], state, dtype)
     if type(module) is nn.ConvTranspose2d and _tiles(module):
         return nn.Sequential(

@@ -4,8 +4,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-__all__ = ["DilatedCNN"]
+__all__ = ["DilatedCNN", "EdgePaddedConv2d"]
+
+
+def joined_edges(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``(B, C, H, W)`` padded on every side by copies of its outermost pixels, as ``mode="replicate"`` does."""
+    left, right = x[..., :1].expand(-1, -1, -1, columns), x[..., -1:].expand(-1, -1, -1, columns)
+    x = torch.cat([left, x, right], dim=3)
+    top, bottom = x[:, :, :1].expand(-1, -1, rows, -1), x[:, :, -1:].expand(-1, -1, rows, -1)
+    return torch.cat([top, x, bottom], dim=2)
+
+
+class EdgePaddedConv2d(nn.Conv2d):
+    """Convolution with ``padding_mode="replicate"``, whose gradient is fast on GPUs as well.
+
+    The gradient of torch's own padding is a sum by atomic operations there, and took 19 of the 27 ms of a training step
+    of the DN on an H200. On CPUs torch's own is the faster one.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.is_cuda:
+            return self._conv_forward(input, self.weight, self.bias)
+        padded = joined_edges(input, self.padding[0], self.padding[1])
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class DilatedCNN(nn.Module):
@@ -57,8 +80,8 @@ class DilatedCNN(nn.Module):
             reach += dilation  # how far outside the image its pixels are felt
             needed = min(reach + 1, self.border - reach)  # with one constant pixel, unless later layers need less
             padding = dilation + needed - margin
-            mode = "zeros" if index == 0 else "replicate"
-            layers += [nn.Conv2d(channels, width, 3, 1, padding, dilation, padding_mode=mode), nn.ReLU()]
+            kind, mode = (nn.Conv2d, "zeros") if index == 0 else (EdgePaddedConv2d, "replicate")
+            layers += [kind(channels, width, 3, 1, padding, dilation, padding_mode=mode), nn.ReLU()]
             if index > 0:  # batch normalization in layers 2 to 9
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.Dropout2d(dropout))

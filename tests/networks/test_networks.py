@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
+from cardiac_qc_plugin.networks.dilated_cnn import joined_edges
 
 SMALL_UNET = (3, 4, 5, 6, 8)
 SEGMENTATION = [
@@ -336,3 +337,17 @@ def test_every_weight_gets_a_gradient(make):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         if parameter.ndim > 1:  # a bias before a normalization has none
             assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 2), (33, 33), (0, 0)])
+def test_joined_edges_are_torchs_replicate_padding(rows, columns):
+    values = torch.rand(2, 3, 7, 5, dtype=torch.double)
+    weights = torch.rand(2, 3, 7 + 2 * rows, 5 + 2 * columns, dtype=torch.double)
+    results = []
+    for pad in (joined_edges, lambda x, r, c: F.pad(x, (c, c, r, r), mode="replicate")):
+        x = values.clone().requires_grad_()
+        padded = pad(x, rows, columns)
+        (padded * weights).sum().backward()
+        results.append((padded, x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1])
