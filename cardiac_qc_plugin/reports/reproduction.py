@@ -55,7 +55,8 @@ def page(tables: dict[str, list[Row]], shown: dict[str, bool]) -> str:
     parts = [
         "# Results beside the paper's",
         "Mean ± standard deviation (ours with n - 1) over the volumes of the folds named in each row, "
-        "each measured by the networks that did not see it. A cell that was not run is empty. The paper's figures are "
+        "each measured by the networks that did not see it. What was not run is left out; `tables/` has the paper's "
+        "figures for it as well. They are "
         "over four folds of another split. \\* p <= 0.05 by the two-sided Mann-Whitney U test (the paper's), † by the "
         "Wilcoxon signed-rank test, both against the segmentation alone.",
         "## Trainings",
@@ -106,10 +107,15 @@ def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
     return list(groups.values())
 
 
+def run_groups(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
+    """`grouped`, without the groups of which nothing was run."""
+    return [group for group in grouped(rows, *keys) if any(row["folds"] for row in group)]
+
+
 def overlap_text(rows: Sequence[Row], digits: int) -> str:
     """Table I for one metric: a line of ours above each of the paper's."""
     lines = []
-    for cells in grouped(rows, "model", "corrected_with"):
+    for cells in run_groups(rows, "model", "corrected_with"):
         first = cells[0]
         name = first["model"] + (f", corrected by {first['corrected_with']}" if first["corrected_with"] else "")
         counts = sorted({cell["n"] for cell in cells if cell["n"] is not None})
@@ -121,13 +127,13 @@ def overlap_text(rows: Sequence[Row], digits: int) -> str:
         paper = [text + " *" * c["paper_significant"] for text, c in zip(paper, cells, strict=True)]
         lines.append([f"{name}, paper", *paper, "all", "", ""])
     header = ["", *(f"{name} {phase}" for phase, name in CELLS), "folds", "n", "missing or not paired"]
-    return markdown(header, lines)
+    return markdown(header, lines) if lines else "Not run."
 
 
 def clinical_text(rows: Sequence[Row]) -> str:
     """Table II: a line of ours above each of the paper's."""
     lines = []
-    for cells in grouped(rows, "model", "corrected_with"):
+    for cells in run_groups(rows, "model", "corrected_with"):
         first = cells[0]
         name = first["model"] + (f", corrected by {first['corrected_with']}" if first["corrected_with"] else "")
         for who, prefix in (("ours", ""), ("paper", "paper_")):
@@ -140,7 +146,7 @@ def clinical_text(rows: Sequence[Row]) -> str:
             ]
             tail = [first["folds"], str(first["n"] or "")] if who == "ours" else ["all", "100"]
             lines.append([f"{name}, {who}", *texts, *tail])
-    return markdown(["", *INDICES.values(), "folds", "patients"], lines)
+    return markdown(["", *INDICES.values(), "folds", "patients"], lines) if lines else "Not run."
 
 
 def detection_text(rows: Sequence[Row]) -> str:
@@ -161,6 +167,7 @@ def detection_text(rows: Sequence[Row]) -> str:
             number(row["region_recall_pct"], 1),
         ]
         for row in rows
+        if row["folds"]
     ]
     header = ["", "failure by", "folds", "slice AP, mean curve (%)", "slice AP, patients (%)", "paper's AP (%)"]
     header += ["slices failing (%)", "paper's (%)", "regions failing (%)", "flagged (%)", "precision (%)", "recall (%)"]
@@ -168,13 +175,13 @@ def detection_text(rows: Sequence[Row]) -> str:
         "The paper's numbers were made with labels like `released_code` and the mean curve. Its regions fail in 1.5 to "
         "3 % of the cases. Patients without a failing slice have no average precision; the CSV counts them."
     )
-    return f"{markdown(header, lines)}\n\n{note}"
+    return f"{markdown(header, lines)}\n\n{note}" if lines else "Not run."
 
 
 def samples_text(rows: Sequence[Row]) -> str:
     """Table V: over all structures and phases."""
     lines = []
-    for cells in grouped(rows, "metric", "samples"):
+    for cells in run_groups(rows, "metric", "samples"):
         digits = 3 if cells[0]["metric"] == "dice" else 2
         line = [UNITS[cells[0]["metric"]][0], str(cells[0]["samples"])]
         for cell in cells:
@@ -182,7 +189,7 @@ def samples_text(rows: Sequence[Row]) -> str:
             line.append(spread(cell["paper_mean"], cell["paper_sd"], digits, 2))
         lines.append([*line, "; ".join(dict.fromkeys(cell["folds"] for cell in cells if cell["folds"]))])
     names = [name for name in dict.fromkeys(row["model"] for row in rows) for name in (f"{name}, ours", "paper")]
-    return markdown(["", "T", *names, "folds"], lines)
+    return markdown(["", "T", *names, "folds"], lines) if lines else "Not run."
 
 
 def scans_text(rows: Sequence[Row]) -> str:
