@@ -12,8 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .networks.dilated_cnn import EdgePaddedConv2d
-
 __all__ = [
     "FusedNetwork",
     "SequentialNetwork",
@@ -29,7 +27,6 @@ convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None
 # multiplying, rounding and converting instead takes five times as long
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
 SMALLEST = 16  # channels in and out from which on 8-bit integers pay
-_CONVOLUTIONS = (nn.Conv2d, EdgePaddedConv2d)
 _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 
 
@@ -379,6 +376,11 @@ class _Layers(nn.Sequential):
         return x
 
 
+def _kind(module: nn.Module) -> type:
+    """Its class; ``nn.Conv2d`` for one that says that it computes the same."""
+    return nn.Conv2d if getattr(module, "same_as_conv2d", False) else type(module)
+
+
 def _pads_otherwise(module: nn.Module) -> bool:
     """Whether it is a convolution that does not pad by a number of zeros or edge pixels: it stays as it is."""
     if not isinstance(module, nn.Conv2d):
@@ -426,14 +428,14 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
     queue = _flat(modules)
 
     def take(*types: type) -> nn.Module | None:
-        return queue.pop(0) if queue and type(queue[0]) in types and not _pads_otherwise(queue[0]) else None
+        return queue.pop(0) if queue and _kind(queue[0]) in types and not _pads_otherwise(queue[0]) else None
 
     def fresh() -> bool:
         """Whether what comes next may be changed in place: nobody else has it."""
         return bool(layers) and isinstance(layers[-1], _Convolution | _InstanceNorm)
 
     while queue:
-        if convolution := take(*_CONVOLUTIONS):
+        if convolution := take(nn.Conv2d):
             norm = take(nn.BatchNorm2d)
             if norm is not None:
                 convolution = fuse_conv_bn_eval(convolution.eval(), norm.eval())
@@ -460,7 +462,7 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
     """Replace, in a module and below, sequences, single convolutions and dropout."""
     if _pads_otherwise(module):
         return module
-    if type(module).forward is nn.Sequential.forward or type(module) in (*_CONVOLUTIONS, nn.Dropout, nn.Dropout2d):
+    if type(module).forward is nn.Sequential.forward or _kind(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
         return _fuse_sequence([module], state, dtype)
     if type(module) is nn.ConvTranspose2d and _tiles(module):
         return nn.Sequential(

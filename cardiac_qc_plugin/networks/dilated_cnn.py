@@ -24,6 +24,8 @@ class EdgePaddedConv2d(nn.Conv2d):
     of the DN on an H200. On CPUs torch's own is the faster one.
     """
 
+    same_as_conv2d = True  # for sampling.FusedNetwork
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not input.is_cuda:
             return self._conv_forward(input, self.weight, self.bias)
