@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["DilatedCNN", "EdgePaddedConv2d"]
+__all__ = ["DilatedCNN"]
 
 
 def joined_edges(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -17,7 +17,7 @@ def joined_edges(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.cat([top, x, bottom], dim=2)
 
 
-class EdgePaddedConv2d(nn.Conv2d):
+class _EdgePaddedConv2d(nn.Conv2d):
     """Convolution with ``padding_mode="replicate"``, whose gradient is fast on GPUs as well.
 
     The gradient of torch's own padding is a sum by atomic operations there, and took 19 of the 27 ms of a training step
@@ -82,7 +82,7 @@ class DilatedCNN(nn.Module):
             reach += dilation  # how far outside the image its pixels are felt
             needed = min(reach + 1, self.border - reach)  # with one constant pixel, unless later layers need less
             padding = dilation + needed - margin
-            kind, mode = (nn.Conv2d, "zeros") if index == 0 else (EdgePaddedConv2d, "replicate")
+            kind, mode = (nn.Conv2d, "zeros") if index == 0 else (_EdgePaddedConv2d, "replicate")
             layers += [kind(channels, width, 3, 1, padding, dilation, padding_mode=mode), nn.ReLU()]
             if index > 0:  # batch normalization in layers 2 to 9
                 layers.append(nn.BatchNorm2d(width))

@@ -78,7 +78,10 @@ def page(tables: dict[str, list[Row]], shown: dict[str, bool]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left."""
+    """A Markdown table, the first column to the left; what to say where it has no rows."""
+    rows = list(rows)
+    if not rows:
+        return "Not run."
     lines = [list(header), ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -127,7 +130,7 @@ def overlap_text(rows: Sequence[Row], digits: int) -> str:
         paper = [text + " *" * c["paper_significant"] for text, c in zip(paper, cells, strict=True)]
         lines.append([f"{name}, paper", *paper, "all", "", ""])
     header = ["", *(f"{name} {phase}" for phase, name in CELLS), "folds", "n", "missing or not paired"]
-    return markdown(header, lines) if lines else "Not run."
+    return markdown(header, lines)
 
 
 def clinical_text(rows: Sequence[Row]) -> str:
@@ -146,7 +149,7 @@ def clinical_text(rows: Sequence[Row]) -> str:
             ]
             tail = [first["folds"], str(first["n"] or "")] if who == "ours" else ["all", "100"]
             lines.append([f"{name}, {who}", *texts, *tail])
-    return markdown(["", *INDICES.values(), "folds", "patients"], lines) if lines else "Not run."
+    return markdown(["", *INDICES.values(), "folds", "patients"], lines)
 
 
 def detection_text(rows: Sequence[Row]) -> str:
@@ -175,7 +178,7 @@ def detection_text(rows: Sequence[Row]) -> str:
         "The paper's numbers were made with labels like `released_code` and the mean curve. Its regions fail in 1.5 to "
         "3 % of the cases. Patients without a failing slice have no average precision; the CSV counts them."
     )
-    return f"{markdown(header, lines)}\n\n{note}" if lines else "Not run."
+    return f"{markdown(header, lines)}\n\n{note}"
 
 
 def samples_text(rows: Sequence[Row]) -> str:
@@ -189,7 +192,7 @@ def samples_text(rows: Sequence[Row]) -> str:
             line.append(spread(cell["paper_mean"], cell["paper_sd"], digits, 2))
         lines.append([*line, "; ".join(dict.fromkeys(cell["folds"] for cell in cells if cell["folds"]))])
     names = [name for name in dict.fromkeys(row["model"] for row in rows) for name in (f"{name}, ours", "paper")]
-    return markdown(["", "T", *names, "folds"], lines) if lines else "Not run."
+    return markdown(["", "T", *names, "folds"], lines)
 
 
 def scans_text(rows: Sequence[Row]) -> str:
@@ -205,7 +208,7 @@ def scans_text(rows: Sequence[Row]) -> str:
         "curve, lower is better; oracle and random order beside it. r: Pearson's correlation."
     )
     header = ["", "score", "folds", "AURC", "oracle", "random", "r", "n"]
-    return f"{note}\n\n{markdown(header, lines) if lines else 'Not run.'}"
+    return f"{note}\n\n{markdown(header, lines)}"
 
 
 def ablations_text(rows: Sequence[Row]) -> str:
@@ -225,7 +228,7 @@ def ablations_text(rows: Sequence[Row]) -> str:
     )
     header = ["", "variant", "folds", "mean Dice", "AURC of scans", "slice AP, mean curve (%)", "flagged (%)"]
     header += ["region precision (%)", "region recall (%)", "failure voxels found (%)"]
-    return f"{note}\n\n{markdown(header, lines) if lines else 'Not run.'}"
+    return f"{note}\n\n{markdown(header, lines)}"
 
 
 def trainings_text(rows: Sequence[Row]) -> str:
@@ -249,4 +252,4 @@ def clusters_text(rows: Sequence[Row]) -> str:
         "The paper tried these sizes, and gives no figures. Criterion `paper`, except for the size; means over volumes."
     )
     header = ["", "voxels", "folds", "slices failing (%)", "failures among all errors (%)"]
-    return f"{note}\n\n{markdown(header, lines) if lines else 'Not run.'}"
+    return f"{note}\n\n{markdown(header, lines)}"
