@@ -211,6 +211,7 @@ class _Convolution(nn.Module):
                 x = self.scale(x)
         if self.replicates and not self.state.inner and any(self.padding):
             x = F.pad(x, [self.padding[1]] * 2 + [self.padding[0]] * 2, mode="replicate")
+            x = x.to(weight.dtype)  # on CPUs autocast repeats edges in fp32
         if self.state.integers and self.onednn and groups == 1 and min(weight.shape[:2]) >= SMALLEST:
             x = _joined([self._in_integers(image, weight, bias, padding) for image in x.split(1)])
         elif not self.onednn:

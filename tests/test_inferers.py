@@ -671,6 +671,22 @@ def test_samples_in_bf16_stay_close(name, monkeypatch):
     assert (fast - exact)[:, :5].abs().max() < 0.08 and (fast - exact)[:, :5].abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_convolutions_in_bf16_get_images_in_bf16(name, monkeypatch):
+    """On CPUs with AMX a convolution of bf16 weights with an fp32 image fails; others compute it slowly."""
+    seen = []
+
+    def record(x, weight, *rest):
+        seen.append((x.dtype, weight.dtype))
+        return computed(x, weight, *rest)
+
+    computed = sampling_module.convolution_pointwise
+    monkeypatch.setattr(sampling_module, "convolution_pointwise", record)
+    monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: True)
+    infer(stack(1, 1, 32, 48, 1), wide_network(name), samples=2, amp=True)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+
+
 integers = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="8-bit convolutions need AVX512-VNNI")
 
 
