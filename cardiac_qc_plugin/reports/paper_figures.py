@@ -123,11 +123,12 @@ def figure7(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, A
     for number, each in enumerate(axes):
         slices, short = number // 2, list(MAP_NAMES)[number % 2]
         name, x, y = (("regions", "false_positives", "sensitivity"), ("slices", "recall", "precision"))[slices]
-        shown = [(*run[:3], run[3] or 8) for run in sizes if run[2] == short and run[:3] in varied]
-        for model, loss, map, width in sorted(shown):
-            size = None if width == 8 else width
-            experiment = sizes[model, loss, map, size]
-            rows = curve(experiment, f"curves/{name}.csv", criterion="paper")
+        for (model, loss, map, size), experiment in sorted(
+            sizes.items(), key=lambda item: (*item[0][:3], item[0][3] or 8)
+        ):
+            if map != short or (model, loss, map) not in varied:
+                continue
+            rows, width = curve(experiment, f"curves/{name}.csv", criterion="paper"), size or 8
             label = f"{network_name(model, loss)}, {width} x {width}"
             plot(each, rows, x, y, label=label, linewidth=WIDTHS[size], **style(model, loss))
             first = {"model": network_name(model, loss), "map": MAP_NAMES[short], "region_size": width}
