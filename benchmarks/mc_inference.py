@@ -7,8 +7,9 @@ inferer: the whole field, and the heart's region, which is the bundles' default.
 224 x 224 x 10, T = 10. Networks without trained weights get seeded random ones; as they find no heart, their region is
 the one that the DRN finds.
 
-The ceiling is this machine's own rate of a 3x3 convolution, in the precision that the inferer computes in; the share
-is the time that the (T + 1) passes would take at that rate, over the time that they took. Peak memory is that of a
+The ceiling is this machine's own rate of a 3x3 convolution, in the precision that the inferer computes in, measured
+in turns with the rest; the share is the time that the (T + 1) passes would take at that rate, over the time that they
+took. Peak memory is that of a
 process that does nothing else. The maps are compared with an estimate from 200 textbook samples.
 """
 
@@ -104,8 +105,12 @@ def agreement(network: nn.Module, volume: torch.Tensor, reference_samples: int) 
     }
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def methods(network: nn.Module, volume: torch.Tensor) -> dict[str, Callable[[], object]]:
-    synchronize = torch.cuda.synchronize if volume.is_cuda else lambda: None
     return {
         "textbook": lambda: (textbook(network, volume), synchronize()),
         "whole": lambda: (MCDropoutSliceInferer(SAMPLES)(volume, network), synchronize()),
@@ -117,7 +122,7 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
     place, clock = torch.device(device), measure.clock(cpu_time)
     rates = measure.ceilings(place, clock)
     print(measure.describe(place, rates))
-    rate = rates[f"conv_{precision(place)}"] * 1e9
+    ceiling, operations = measure.convolution(place, precision(place))
     volume = measure.phantom(slices=2 if quick else 10).to(place)
     part = volume[:, :, 32:192, 32:192, volume.shape[-1] // 2][..., None]
     drn = measure.load_network("drn").to(place)
@@ -128,19 +133,22 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
         textbook_network = measure.load_network(name).to(place)
         calls = methods(network, volume)
         calls["textbook"] = methods(textbook_network, volume)["textbook"]
+        calls["ceiling"] = lambda: [ceiling() for _ in range(20)] and synchronize()
         network = network.to(memory_format=torch.channels_last)
         inferers.heart_window = lambda *_: windows[0]
         for call in methods(network, volume[..., :1]).values():  # warm up
             call()
         seconds = measure.interleaved(calls, 1 if quick else repeats, clock)
+        rate = 20 * operations / seconds.pop("ceiling")
         full, small = flops(textbook_network.eval(), volume), flops(textbook_network, volume, windows[0])
         work = {"whole": (SAMPLES + 1) * full, "heart": full + SAMPLES * small}
         ratio = {key: seconds["textbook"] / value for key, value in seconds.items()}
         share = {key: value * volume.shape[-1] / rate / seconds[key] for key, value in work.items()}
-        peak = {} if quick else {key: measure.peak_memory(__file__, "--peak", name, key) for key in calls}
+        peak = {} if quick else {key: measure.peak_memory(__file__, "--peak", name, key) for key in seconds}
         for key, value in seconds.items():
             cells = [f"{ratio[key]:.1f}", f"{share[key]:.0%}" if key in share else "", f"{peak.get(key, np.nan):.2f}"]
             rows.append([f"{name} {key}", f"{value:.2f}", *cells])
+        rows.append([f"{name} ceiling: {rate / 1e9:.0f} GFLOP/s", "", "", "", ""])
         inferers.heart_window = lambda *_: windows[1]
         compared = agreement(network, part, 40 if quick else 200)
         trained = "" if measure.has_weights(name) else " (random weights)"
@@ -151,6 +159,7 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
             "speedup": ratio["whole"],
             "seconds": seconds["whole"],
             "ceiling_share": share["whole"],
+            "ceiling_gflops": rate / 1e9,
             "heart": {"speedup": ratio["heart"], "seconds": seconds["heart"], "ceiling_share": share["heart"]},
             "textbook_seconds": seconds["textbook"],
             "peak_gib": peak,

@@ -40,6 +40,22 @@ def interleaved(work: dict[str, Callable[[], object]], repeats: int, clock: Cloc
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def convolution(device: torch.device, kind: str) -> tuple[Callable[[], object], int]:
+    """A 3x3 convolution of 256 channels in fp32, bf16 or int8, and how many operations it is."""
+    operations = 2 * 4 * 56**2 * 256**2 * 9
+    if kind == "int8":
+        x = torch.randint(256, (4, 256, 56, 56), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        w, one = torch.randint(-127, 128, (256, 256, 3, 3)).to(torch.int8), [1, 1]
+        steps, zeros = torch.ones(256), torch.zeros(256, dtype=torch.long)
+        w = torch.ops.onednn.qconv_prepack(w, steps, 1.0, 0, one, one, one, 1, list(x.shape))
+        settings = (None, one, one, one, 1, 1.0, 0, torch.float32, "none", [], "")
+        return lambda: torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, w, steps, zeros, *settings), operations
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+    x = torch.randn(4, 256, 56, 56, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    return lambda: F.conv2d(x, w, padding=1), operations
+
+
 def ceilings(device: torch.device, clock: Clock, repeats: int = 5) -> dict[str, float]:
     """Best rates: matrix product and 3x3 convolution in GFLOP/s, fp32 and bf16, and copying memory in GB/s.
 
@@ -61,17 +77,9 @@ def ceilings(device: torch.device, clock: Clock, repeats: int = 5) -> dict[str, 
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(2048, 2048, device=device).to(dtype)
         rates[f"matmul_{name}"] = 2 * 2048**3 / best(lambda a=a: a @ a) / 1e9
-        x = torch.randn(4, 256, 56, 56, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-        w = torch.randn(256, 256, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-        rates[f"conv_{name}"] = 2 * 4 * 56**2 * 256**2 * 9 / best(lambda x=x, w=w: F.conv2d(x, w, padding=1)) / 1e9
-    if fast_integers(device):
-        x = torch.randint(256, (4, 256, 56, 56), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-        w, one = torch.randint(-127, 128, (256, 256, 3, 3)).to(torch.int8), [1, 1]
-        steps, zeros = torch.ones(256), torch.zeros(256, dtype=torch.long)
-        w = torch.ops.onednn.qconv_prepack(w, steps, 1.0, 0, one, one, one, 1, list(x.shape))
-        settings = (None, one, one, one, 1, 1.0, 0, torch.float32, "none", [], "")
-        seconds = best(lambda: torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, w, steps, zeros, *settings))
-        rates["conv_int8"] = 2 * 4 * 56**2 * 256**2 * 9 / seconds / 1e9
+    for name in ("fp32", "bf16", *(["int8"] if fast_integers(device) else [])):
+        call, operations = convolution(device, name)
+        rates[f"conv_{name}"] = operations / best(call) / 1e9
     a = torch.randn(32 << 20, device=device)
     b = torch.empty_like(a)
     rates["copy"] = 2 * a.nbytes / best(lambda: b.copy_(a)) / 1e9

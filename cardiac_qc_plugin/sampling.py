@@ -228,7 +228,7 @@ class _Convolution(nn.Module):
         self.onednn = (
             convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
         )
-        self.packed: dict[bool, torch.Tensor] = {}
+        self.packed: dict[float, torch.Tensor] = {}
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def can_drop(self) -> bool:
@@ -278,10 +278,9 @@ class _Convolution(nn.Module):
         stride, dilation, groups = self.geometry
         geometry = (padding, stride, dilation, groups)
         mask = self.state.mask(x.new_empty(1, len(weight), 1, 1), self.dropout) if drops else None
-        if drops:  # not in the mask, where bf16 rounds it
-            weight, bias = (None if t is None else t / (1 - self.dropout.p) for t in (weight, bias))
-        if not folded:
-            weight = self._pack(weight, drops, x, padding)
+        kept = 1 - self.dropout.p if drops else 1.0  # divides the weights: bf16 would round it in the mask
+        weight = weight / kept if folded else self._pack(kept, x, padding)
+        bias = None if bias is None else bias / kept
         if residual is None and mask is None:
             name = "none" if self.slope is None else "leaky_relu" if self.slope else "relu"
             return convolution_pointwise(x, weight, bias, *geometry, name, [self.slope] if self.slope else [], "")
@@ -326,14 +325,14 @@ class _Convolution(nn.Module):
         )
         return packed, steps, torch.zeros(len(steps), dtype=torch.long)
 
-    def _pack(self, weight: torch.Tensor, drops: bool, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
-        """Weights in the order that oneDNN computes with, for inputs of this size."""
-        if drops not in self.packed:
+    def _pack(self, kept: float, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
+        """Weights, divided by ``kept``, in the order that oneDNN computes with, for inputs of this size."""
+        if kept not in self.packed:
             stride, dilation, groups = self.geometry
-            self.packed[drops] = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, padding, stride, dilation, groups, list(x.shape)
+            self.packed[kept] = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight / kept, padding, stride, dilation, groups, list(x.shape)
             )
-        return self.packed[drops]
+        return self.packed[kept]
 
 
 class _Scale(nn.Module):

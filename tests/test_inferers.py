@@ -177,6 +177,13 @@ def test_layers_before_the_first_dropout_run_once_for_each_slice(monkeypatch):
     assert seen.count(6) == 3 * (1 + 5) * 2
 
 
+def test_most_probable_class_is_that_of_argmax():
+    """Also where two are alike, or none is a number."""
+    for p in (stack(2, 4, 5, 6), stack(2, 4, 5, 6).round(decimals=1), torch.full((1, 3, 2, 2), torch.nan)):
+        expected = F.one_hot(p.argmax(dim=1), p.shape[1]).movedim(-1, 1).float()
+        assert torch.equal(inferers.most_probable(p), expected)
+
+
 def test_members_of_an_ensemble_take_the_place_of_samples(tmp_path):
     network, slices, drawn = small_network(), stack(1, 1, 12, 9, 5), []
     for number in range(3):
