@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
 from cardiac_qc_plugin.networks.dilated_cnn import joined_edges
+from cardiac_qc_plugin.networks.failure_resnet import ByteDropout
 
 SMALL_UNET = (3, 4, 5, 6, 8)
 SEGMENTATION = [
@@ -308,6 +309,34 @@ def test_drn_has_the_released_codes_17_dropout_modules():
 def test_detector_drops_single_elements():
     drops = [module for module in FailureResNet().modules() if isinstance(module, nn.Dropout)]
     assert len(drops) == 6 and {module.p for module in drops} == {0.5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.25, 0.3, 0.5])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout_by_bytes(p, dtype, memory_format):
+    """Each value by itself, with the probability asked for, and the mean kept: what torch's dropout is."""
+    x = torch.ones(5, 8, 99, 101, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    torch.manual_seed(4)
+    y = ByteDropout(p)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # of ones, the factor
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).to(dtype).item()}
+    zero = (y == 0).double()
+    n = zero.numel()
+    assert abs(zero.mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
+    for axis in (1, 2, 3):  # neighbours know nothing of each other
+        pairs = zero.narrow(axis, 0, zero.shape[axis] - 1) * zero.narrow(axis, 1, zero.shape[axis] - 1)
+        assert abs(pairs.mean() - p**2) < 5 * p / n**0.5
+    torch.manual_seed(4)
+    assert torch.equal(ByteDropout(p)(x), y)
+    assert torch.equal(ByteDropout(p).eval()(x), x)
+
+
+def test_dropout_by_bytes_of_a_view():
+    x = torch.ones(2, 3, 8, 8)[:, :, ::2, ::2]
+    assert set(ByteDropout(0.5)(x).unique().tolist()) == {0.0, 2.0}
+    assert ByteDropout(1.0)(x).eq(0).all() and ByteDropout(0.0)(x).equal(x)
 
 
 # Export and training
