@@ -9,8 +9,8 @@ the one that the DRN finds.
 
 The ceiling is this machine's own rate of a 3x3 convolution, in the precision that the inferer computes in, measured
 in turns with the rest; the share is the time that the (T + 1) passes would take at that rate, over the time that they
-took. Peak memory is that of a
-process that does nothing else. The maps are compared with an estimate from 200 textbook samples.
+took. Peak memory is that of a process that does nothing else. The maps are compared with an estimate from 200 textbook
+samples.
 """
 
 import argparse

@@ -251,18 +251,21 @@ class MCDropoutSliceInferer(Inferer):
                 report((1 + (start * self.samples + first + len(part)) / len(stack)) / (self.samples + 1))
             passes.forget()
         m2 /= max(self.samples - 1, 1)
-        m2.clamp_min_(0).sqrt_()
+        m2.sqrt_()
 
 
 def most_probable(probabilities: torch.Tensor) -> torch.Tensor:
-    """1 for the most probable class, the first of those that are, and 0: (B, K, ...) float.
+    """1 for the most probable class (the first, if several are), 0 for the others: (B, K, ...) float.
 
-    Sixty times faster than ``argmax``, whose kernel walks along the class axis.
+    Forty times faster than ``argmax``, whose kernel walks along the class axis.
     """
     highest = probabilities.amax(dim=1, keepdim=True)
-    chosen = torch.eq(probabilities, highest, out=torch.empty_like(probabilities))
-    if chosen.count_nonzero() != highest.numel():  # two alike, or nan
-        chosen = F.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).movedim(-1, 1).to(chosen)
+    chosen = torch.lt(probabilities, highest, out=torch.empty_like(probabilities))  # 1 where it is not
+    left = torch.ones_like(probabilities[:, 0])
+    for k in range(probabilities.shape[1]):
+        after = left * chosen[:, k]
+        chosen[:, k] = left - after
+        left = after
     return chosen
 
 

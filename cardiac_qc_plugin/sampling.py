@@ -30,7 +30,7 @@ convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None
 # multiplying, rounding and converting instead takes five times as long
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
 SMALLEST = 16  # channels in and out from which on 8-bit integers pay
-_DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
+_DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "ByteDropout")
 
 
 def reduced_precision(device: torch.device) -> bool:
@@ -95,9 +95,12 @@ def sample_seed(seed: int, position: int, sample: int) -> int:
 
 
 def can_be_fused(network: nn.Module) -> bool:
-    """Whether dropout can be replaced: an eager network whose dropout modules are torch's own (not TorchScript)."""
+    """Whether dropout can be replaced: an eager network (not TorchScript) whose dropout modules are torch's own.
+
+    And leave something: the others are divided by the share that is left.
+    """
     scripted = any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
-    return not scripted and all(type(m) in (nn.Dropout, nn.Dropout2d) for m in dropout_modules(network))
+    return not scripted and all(type(m) in (nn.Dropout, nn.Dropout2d) and m.p < 1 for m in dropout_modules(network))
 
 
 class _Pass:
@@ -160,7 +163,7 @@ class _Pass:
 
         In a region they are the region's own, with the difference that it makes without dropout taken away.
         """
-        # ten times faster than torch.var_mean in channels-last format; statistics are of the running ones' precision
+        # ten times faster than torch.var_mean in channels-last format; fp32 running statistics make the result fp32
         running = torch.zeros(x.shape[1], device=x.device)
         parts = [torch.batch_norm_update_stats(image, running, running, 0.0) for image in x.split(1)]
         mean, var = (torch.stack(part)[:, :, None, None] for part in zip(*parts, strict=True))
@@ -189,8 +192,8 @@ def _affine(
 ) -> torch.Tensor:
     """``x * factor * value + shift``; ``value`` is not rounded to ``x``'s precision.
 
-    Row by row, with factor and shift repeated along it: torch takes eight times as long for the 16 channels of pixel
-    after pixel.
+    Row by row, with factor and shift repeated along it: broadcasting over 16 channels, pixel by pixel, takes eight
+    times as long.
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if shift is None:
@@ -209,10 +212,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Convolution(nn.Module):
-    """Convolution, with batch normalization before folded into its weights, and what follows it in one pass.
+    """Convolution and what follows it in one pass: batch normalization, folded into the weights, and an activation.
 
-    That is an activation, and either dropout, or a sum before the activation. ``scale`` is dropout, and batch
-    normalization, of its input.
+    Also either dropout, or a sum before the activation. ``scale`` is dropout, and batch normalization, of its input.
     """
 
     def __init__(self, convolution: nn.Conv2d, activation: nn.Module | None, state: _Pass, dtype: torch.dtype) -> None:
@@ -228,25 +230,21 @@ class _Convolution(nn.Module):
         self.onednn = (
             convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
         )
-        self.packed: dict[float, torch.Tensor] = {}
+        self.packed: tuple[float, torch.Tensor] | None = None
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def can_drop(self) -> bool:
-        """Whether a mask of the output is free: oneDNN multiplies before the activation, which has to keep zeros."""
+        """Whether a mask of the output is free: oneDNN multiplies by it before the activation, which may be a ReLU."""
         return self.onednn and not self.state.integers and not self.slope
-
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return self.state.drop(x, self.dropout, inplace=False)
 
     def forward(self, x: torch.Tensor, dropout: bool = True, residual: torch.Tensor | None = None) -> torch.Tensor:
         """``residual`` is added before the activation, a ReLU."""
         x = x.to(self.weight.dtype)
-        weight, bias, folded = self.weight, self.bias, False
+        weight, bias = self.weight, self.bias
         stride, dilation, groups = self.geometry
         padding = (0, 0) if self.state.inner or self.replicates else self.padding
         if self.scale is not None:
-            folded = self._folds(x, padding)
-            if folded:
+            if self._folds(x, padding):
                 weight, bias = self.scale.fold(x, weight, bias)
             else:
                 x = self.scale(x)
@@ -257,7 +255,7 @@ class _Convolution(nn.Module):
             x = _joined([self._in_integers(image, weight, bias, padding, residual is None) for image in x.split(1)])
         elif self.onednn:
             drops = dropout and self.dropout is not None and self.state.generators is not None
-            x = self._in_onednn(x, weight, bias, padding, folded, drops, residual)
+            x = self._in_onednn(x, weight, bias, padding, drops, residual)
             residual = None
         else:
             x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -273,19 +271,19 @@ class _Convolution(nn.Module):
         smaller = self.weight.numel() * (8 if self.state.integers else 1) < x.numel()
         return x.shape[0] == 1 and smaller and self.scale.can_be_folded(padding, self.geometry[2])
 
-    def _in_onednn(self, x, weight, bias, padding, folded: bool, drops: bool, residual: torch.Tensor | None):
+    def _in_onednn(self, x, weight, bias, padding, drops: bool, residual: torch.Tensor | None) -> torch.Tensor:
         """With the activation, and the mask or the sum, in one pass."""
         stride, dilation, groups = self.geometry
         geometry = (padding, stride, dilation, groups)
         mask = self.state.mask(x.new_empty(1, len(weight), 1, 1), self.dropout) if drops else None
         kept = 1 - self.dropout.p if drops else 1.0  # divides the weights: bf16 would round it in the mask
-        weight = weight / kept if folded else self._pack(kept, x, padding)
+        weight = self._pack(kept, x, padding) if weight is self.weight else weight / kept
         bias = None if bias is None else bias / kept
         if residual is None and mask is None:
             name = "none" if self.slope is None else "leaky_relu" if self.slope else "relu"
             return convolution_pointwise(x, weight, bias, *geometry, name, [self.slope] if self.slope else [], "")
-        other, operation = (mask, "mul") if residual is None else (residual, "add")
-        name = None if self.slope is None else "relu"
+        other, operation = (mask, "mul") if residual is None else (residual.to(x.dtype), "add")
+        name = None if self.slope is None and residual is None else "relu"
         return convolution_pointwise.binary(x, other, weight, bias, *geometry, operation, None, name, [], "")
 
     def _in_integers(
@@ -327,12 +325,11 @@ class _Convolution(nn.Module):
 
     def _pack(self, kept: float, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
         """Weights, divided by ``kept``, in the order that oneDNN computes with, for inputs of this size."""
-        if kept not in self.packed:
+        if self.packed is None or self.packed[0] != kept:
             stride, dilation, groups = self.geometry
-            self.packed[kept] = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight / kept, padding, stride, dilation, groups, list(x.shape)
-            )
-        return self.packed[kept]
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            self.packed = kept, reorder(self.weight / kept, padding, stride, dilation, groups, list(x.shape))
+        return self.packed[1]
 
 
 class _Scale(nn.Module):
@@ -386,9 +383,6 @@ class _InstanceNorm(nn.Module):
         super().__init__()
         self.norm, self.activation, self.dropout, self.state = norm, activation, dropout, state
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return self.state.drop(x, self.dropout, inplace=False)
-
     def forward(self, x: torch.Tensor, dropout: bool = True) -> torch.Tensor:
         mean, var = self.state.normalization(x, self)
         factor = (var + self.norm.eps).rsqrt()
@@ -423,9 +417,10 @@ class _Layers(nn.Sequential):
         # a layer applies its mask itself, but not where the rest of it is the same for all samples
         splits = first < len(layers) and isinstance(layers[first], _InstanceNorm | _Convolution)
         splits = splits and layers[first].dropout is not None and not self.state.masked
+        splits = splits and getattr(layers[first], "scale", None) is None  # which would draw a mask before
         x = self.state.before_mask(before, self, x, copy=not splits) if first < len(layers) else before(x)
         if splits:
-            x = layers[first].drop(x)
+            x = self.state.drop(x, layers[first].dropout, inplace=False)
         for layer in layers[first + splits :]:
             x = layer(x)
         return x
@@ -488,7 +483,6 @@ class _Residual(nn.Module):
         super().__init__()
         *before, self.last = _fuse_sequence([block.first, block.dropout, block.second], state, dtype)
         self.before = _Layers(before, state)
-        self.last.slope = 0.0
         self.shortcut = _fuse(block.shortcut, state, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -522,7 +516,7 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
 
     def fresh() -> bool:
         """Whether what comes next may be changed in place: nobody else has it."""
-        return bool(layers) and isinstance(layers[-1], _Convolution | _InstanceNorm)
+        return bool(layers) and isinstance(layers[-1], _Convolution | _InstanceNorm | _Residual)
 
     while queue:
         if convolution := take(nn.Conv2d):
@@ -558,7 +552,7 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
         return _fuse_sequence([module], state, dtype)
     if type(module) in (nn.ConvTranspose2d, JoiningConvTranspose2d) and _tiles(module):
         return _Tiles(module, state, dtype)
-    if type(module) is ResidualBlock:
+    if type(module) is ResidualBlock and [type(m) for m in module.second] == [nn.Conv2d, nn.BatchNorm2d]:
         return _Residual(module, state, dtype)
     for name, child in module.named_children():
         setattr(module, name, _fuse(child, state, dtype))
@@ -597,7 +591,7 @@ class FusedNetwork:
         self.state.widest = 0
         for module in self.network.modules():
             if isinstance(module, _Convolution):
-                module.packed.clear()  # the order of fp32 sums; those of integers are exact
+                module.packed = None  # the order of fp32 sums; those of integers are exact
 
     @property
     def widest(self) -> int:

@@ -149,3 +149,15 @@ def test_operating_point_has_the_largest_f2(tmp_path):
     record = read_json(file)
     assert record["threshold"] == chosen and record["n_volumes"] == 1 and record["beta"] == 2
     assert record["validation"]["region_recall"] == (failing & (cells >= chosen)).sum() / failing.sum()
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_detector_that_learned_nothing_is_told(learned, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    cells = rng.random((10, 10))
+    failing = rng.random((10, 10)) < cells**2
+    painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
+    choose_operating_point(
+        [volume_detection(painted if learned else 1 - painted, failures, [(0, 80, 0, 80)], 8)], tmp_path / "point.json"
+    )
+    assert ("has learned nothing" in caplog.text) is not learned

@@ -20,6 +20,7 @@ from cardiac_qc_plugin.inferers import (
     heart_window,
 )
 from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
+from cardiac_qc_plugin.networks.residual import ResidualBlock
 from cardiac_qc_plugin.sampling import reduced_precision, sample_seed
 from cardiac_qc_plugin.transforms import InPlaneSpacingd, SplitUncertaintyd
 
@@ -161,6 +162,44 @@ def test_other_ways_through_a_network(chunk):
     expected, result = by_hand(slices, network, samples=4), split(infer(slices, network, sw_batch_size=chunk))
     for key, value in result.items():
         np.testing.assert_allclose(value, expected[key], atol=2e-6, err_msg=key)
+
+
+def convolution(channels: int = 4) -> list[nn.Module]:
+    return [nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU()]
+
+
+SEQUENCES = {
+    "dropout on both sides of the first": lambda: [nn.Dropout2d(0.4), *convolution(2), nn.Dropout2d(0.4)],
+    "batch normalization between": lambda: [
+        *convolution(2), nn.BatchNorm2d(4), nn.Dropout2d(0.4), *convolution(), nn.Dropout2d(0.4)
+    ],
+    "elementwise, then maps": lambda: [*convolution(2), nn.Dropout(0.4), *convolution(), nn.Dropout2d(0.4)],
+    "two after another": lambda: [*convolution(2), nn.Dropout2d(0.4), nn.Dropout2d(0.2)],
+    "all of a layer": lambda: [*convolution(2), nn.Dropout2d(1.0), *convolution(), nn.Dropout2d(0.4)],
+    "residual block first": lambda: [ResidualBlock(2, 2, dropout=0.4), nn.Dropout2d(0.4), *convolution(2)],
+    "residual block of a distributed training": lambda: [
+        nn.SyncBatchNorm.convert_sync_batchnorm(ResidualBlock(2, 4, dropout=0.4)), *convolution()
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_places_of_dropout(name, chunk):
+    """A convolution that applies dropout itself, between all kinds of neighbours."""
+    torch.manual_seed(3)
+    network, slices = nn.Sequential(*SEQUENCES[name](), nn.Conv2d(4, 4, 1)), stack(2, 2, 7, 8)
+    expected, result = by_hand(slices, network, samples=4), split(infer(slices, network, sw_batch_size=chunk))
+    assert expected["bmap"].max() > 1e-3
+    for key, value in result.items():
+        np.testing.assert_allclose(value, expected[key], atol=2e-6, err_msg=key)
+
+
+def test_residual_block_in_bf16_gets_an_image_in_fp32(monkeypatch):
+    monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: True)
+    network = nn.Sequential(ResidualBlock(2, 2, dropout=0.4), *convolution(2))
+    maps = infer(stack(2, 2, 16, 16), network, amp=True)
+    assert maps.isfinite().all()
 
 
 def test_layers_before_the_first_dropout_run_once_for_each_slice(monkeypatch):

@@ -28,7 +28,8 @@ class JoiningConvTranspose2d(nn.ConvTranspose2d):
     """Transposed convolution whose output is joined to the features of the contracting path."""
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return torch.cat([skip, F.conv_transpose2d(x, self.weight, self.bias, self.stride)], dim=1)
+        settings = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return torch.cat([skip, F.conv_transpose2d(x, self.weight, self.bias, *settings)], dim=1)
 
 
 class BayesianUNet(nn.Module):

@@ -89,6 +89,8 @@ class RegionAveragePrecision(Metric):
 def choose_operating_point(volumes: Sequence[VolumeDetection], output: str | Path, beta: float = 2.0) -> float:
     """Choose the threshold with the largest F-beta over regions, and write it with its figures.
 
+    Warns of a detector whose order of the regions is no better than a random one: some trainings do not get going.
+
     Args:
         volumes: what the detector said of validation volumes.
         output: JSON file for the threshold and what it catches in these volumes.
@@ -99,7 +101,17 @@ def choose_operating_point(volumes: Sequence[VolumeDetection], output: str | Pat
     """
     threshold = choose_threshold(volumes, beta=beta)
     figures = write_operating_point(volumes, threshold, output, beta=beta)
-    logging.getLogger(__name__).info("Operating point %.3f on %d volumes: %s", threshold, len(volumes), figures)
+    log = logging.getLogger(__name__)
+    log.info("Operating point %.3f on %d volumes: %s", threshold, len(volumes), figures)
+    precision, failing = region_average_precision(volumes), figures["regions_failing"]
+    if precision <= failing:
+        log.warning(
+            "This detector has learned nothing: its regions' average precision on %d held-out volumes is %.3f, that of "
+            "a random order %.3f. Train it again, with another seed or more iterations; do not use it.",
+            len(volumes),
+            precision,
+            failing,
+        )
     return threshold
 
 
