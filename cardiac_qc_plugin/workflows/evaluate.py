@@ -13,6 +13,7 @@ from sklearn.metrics import auc
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, agreement
 from cardiac_qc_plugin.metrics.detection import (
+    THRESHOLDS,
     RegionCurve,
     SlicePrecisionRecall,
     VolumeDetection,
@@ -50,6 +51,8 @@ __all__ = ["evaluate"]
 
 PHASES = ("ED", "ES", "unknown")
 CURVES = ("regions", "slices", "risk_coverage")
+# thresholds of curves that are drawn: many regions' probabilities are above the last of the released code's below 1
+DRAWN = np.union1d(THRESHOLDS, 1 - np.geomspace(1e-6, 0.025, 24))
 SOMETIMES = ("comparison.csv", "patients.csv", *(f"curves/{name}.csv" for name in CURVES))
 SOMETIMES += tuple(f"figures/{name}.png" for name in CURVES)
 Cases = Mapping[str, Measurement]
@@ -356,8 +359,8 @@ def write_curves(output: Path, cases: Iterable[Measurement], criterion: str) -> 
     detected = [case for case in cases if case.detection]
     if detected:
         volumes = {name: [case.detection[name] for case in detected] for name in CRITERIA}
-        regions = {name: region_curve(own) for name, own in volumes.items()}
-        slices = {name: slice_precision_recall(own) for name, own in volumes.items()}
+        regions = {name: region_curve(own, DRAWN) for name, own in volumes.items()}
+        slices = {name: slice_precision_recall(own, DRAWN) for name, own in volumes.items()}
         write_rows(output / "curves/regions.csv", _threshold_rows(regions, "sensitivity", "false_positives"))
         write_rows(output / "curves/slices.csv", _threshold_rows(slices, "precision", "recall"))
         flagged = _flagged(criterion, detected)
