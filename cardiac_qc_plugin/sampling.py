@@ -12,9 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .networks.residual import ResidualBlock
-from .networks.unet import JoiningConvTranspose2d
-
 __all__ = [
     "FusedNetwork",
     "SequentialNetwork",
@@ -479,7 +476,7 @@ class _Tiles(nn.Module):
 class _Residual(nn.Module):
     """Residual block whose sum is computed with its last convolution."""
 
-    def __init__(self, block: ResidualBlock, state: _Pass, dtype: torch.dtype) -> None:
+    def __init__(self, block: nn.Module, state: _Pass, dtype: torch.dtype) -> None:
         super().__init__()
         *before, self.last = _fuse_sequence([block.first, block.dropout, block.second], state, dtype)
         self.before = _Layers(before, state)
@@ -550,9 +547,9 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
         return module
     if type(module).forward is nn.Sequential.forward or _kind(module) in (nn.Conv2d, nn.Dropout, nn.Dropout2d):
         return _fuse_sequence([module], state, dtype)
-    if type(module) in (nn.ConvTranspose2d, JoiningConvTranspose2d) and _tiles(module):
+    if (type(module) is nn.ConvTranspose2d or getattr(module, "joins_skip", False)) and _tiles(module):
         return _Tiles(module, state, dtype)
-    if type(module) is ResidualBlock and [type(m) for m in module.second] == [nn.Conv2d, nn.BatchNorm2d]:
+    if getattr(module, "is_residual_block", False) and [type(m) for m in module.second] == [nn.Conv2d, nn.BatchNorm2d]:
         return _Residual(module, state, dtype)
     for name, child in module.named_children():
         setattr(module, name, _fuse(child, state, dtype))

@@ -31,6 +31,8 @@ class ResidualBlock(nn.Module):
         dropout: probability of dropping a whole feature map between the convolutions; 0 builds no dropout.
     """
 
+    is_residual_block = True  # for sampling.FusedNetwork
+
     def __init__(
         self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, dropout: float = 0.0
     ) -> None:

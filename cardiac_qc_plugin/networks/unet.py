@@ -27,6 +27,8 @@ class _DoubleConvolution(nn.Sequential):
 class JoiningConvTranspose2d(nn.ConvTranspose2d):
     """Transposed convolution whose output is joined to the features of the contracting path."""
 
+    joins_skip = True  # for sampling.FusedNetwork
+
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         settings = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
         return torch.cat([skip, F.conv_transpose2d(x, self.weight, self.bias, *settings)], dim=1)
