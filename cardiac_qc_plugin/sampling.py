@@ -97,7 +97,7 @@ def can_be_fused(network: nn.Module) -> bool:
     And leave something: the others are divided by the share that is left.
     """
     scripted = any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
-    return not scripted and all(type(m) in (nn.Dropout, nn.Dropout2d) and m.p < 1 for m in dropout_modules(network))
+    return not scripted and all(_kind(m) in (nn.Dropout, nn.Dropout2d) and m.p < 1 for m in dropout_modules(network))
 
 
 class _Pass:
@@ -424,7 +424,9 @@ class _Layers(nn.Sequential):
 
 
 def _kind(module: nn.Module) -> type:
-    """Its class; ``nn.Conv2d`` for one that says that it computes the same."""
+    """Its class; ``nn.Conv2d`` or ``nn.Dropout`` for one that says that it computes the same."""
+    if getattr(module, "same_as_dropout", False):
+        return nn.Dropout
     return nn.Conv2d if getattr(module, "same_as_conv2d", False) else type(module)
 
 
@@ -531,7 +533,7 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
             scale = None
         if dropout := take(nn.Dropout, nn.Dropout2d):
             scale = _Scale(dropout, None, fresh(), state)
-        elif len(queue) > 1 and type(queue[0]) is nn.BatchNorm2d and type(queue[1]) in (nn.Dropout, nn.Dropout2d):
+        elif len(queue) > 1 and type(queue[0]) is nn.BatchNorm2d and _kind(queue[1]) in (nn.Dropout, nn.Dropout2d):
             norm, dropout = take(nn.BatchNorm2d), take(nn.Dropout, nn.Dropout2d)
             scale = _Scale(dropout, norm, fresh(), state)
         elif (norm := take(nn.InstanceNorm2d)) and not norm.track_running_stats and fresh():

@@ -15,6 +15,8 @@ class ByteDropout(nn.Dropout):
     torch's own random numbers took two fifths of a training step of the detector.
     """
 
+    same_as_dropout = True  # for sampling.FusedNetwork
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # which has no views as another type
             dropped = int(256 * self.p)
