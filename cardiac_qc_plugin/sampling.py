@@ -251,7 +251,7 @@ class _Convolution(nn.Module):
         if self.replicates and not self.state.inner and any(self.padding):
             with torch.autocast(x.device.type, enabled=False):  # it would repeat edges in fp32 on CPUs
                 x = F.pad(x, [self.padding[1]] * 2 + [self.padding[0]] * 2, mode="replicate")
-        if self.state.integers and self.onednn and groups == 1 and min(weight.shape[:2]) >= SMALLEST:
+        if self._takes_integers():
             x = _joined([self._in_integers(image, weight, bias, padding, residual is None) for image in x.split(1)])
         elif self.onednn:
             drops = dropout and self.dropout is not None and self.state.generators is not None
@@ -266,9 +266,15 @@ class _Convolution(nn.Module):
         self.state.widest = max(self.state.widest, x.nbytes // x.shape[0])
         return x
 
+    def _takes_integers(self) -> bool:
+        """Whether it is computed in 8-bit integers: not those that take little time."""
+        channels, kernel = self.weight.shape[:2], self.weight.shape[2:]
+        large = min(channels) >= SMALLEST and kernel != (1, 1)
+        return large and self.state.integers and self.onednn and self.geometry[2] == 1
+
     def _folds(self, x: torch.Tensor, padding: Sequence[int]) -> bool:
         """Whether to scale the weights instead of the image; integers have to be made of them anew then."""
-        smaller = self.weight.numel() * (8 if self.state.integers else 1) < x.numel()
+        smaller = self.weight.numel() * (8 if self._takes_integers() else 1) < x.numel()
         return x.shape[0] == 1 and smaller and self.scale.can_be_folded(padding, self.geometry[2])
 
     def _in_onednn(self, x, weight, bias, padding, drops: bool, residual: torch.Tensor | None) -> torch.Tensor:
@@ -289,7 +295,11 @@ class _Convolution(nn.Module):
     def _in_integers(
         self, image: torch.Tensor, weight: torch.Tensor, bias, padding: Sequence[int], activates: bool
     ) -> torch.Tensor:
-        """Of one image (1, C, H, W), by 8-bit integers: 255 steps for its range, 254 for a kernel's; fp32 result."""
+        """Of one image (1, C, H, W), by 8-bit integers: 255 steps for its range, 254 for a kernel's; fp32 result.
+
+        Before a LeakyReLU, which no batch normalization bounds, an image's few large values leave too few steps to all
+        others: there it takes 16 bits, as two convolutions.
+        """
         stride, dilation, groups = self.geometry
         slope = self.slope if activates else None
         low, high = min(float(image.amin()), 0.0), max(float(image.amax()), 0.0)
@@ -297,21 +307,27 @@ class _Convolution(nn.Module):
         if not math.isfinite(step):  # of a diverged network, say: the result is not finite either
             x = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
             return x if slope is None else F.leaky_relu_(x, slope)
-        zero = round(-low / step)
-        levels = torch.quantize_per_tensor(image, step, zero, torch.quint8)
-        levels = torch.empty(0, dtype=torch.uint8).set_(
-            levels.untyped_storage(), 0, levels.size(), levels.stride()
-        )  # without the copy that int_repr makes
         if weight is not self.weight:
-            packed = self._quantize(weight, levels, padding)
+            packed = self._quantize(weight, image, padding)
         else:
-            packed = self.quantized = self.quantized or self._quantize(weight, levels, padding)
-        weight, steps, zeros = packed
-        x = torch.ops.onednn.qconv2d_pointwise(
-            levels, step, zero, weight, steps, zeros, bias, stride, padding, dilation, groups,
-            1.0, 0, torch.float32, "relu" if slope == 0 else "none", [], "",
-        )  # fmt: skip
-        return F.leaky_relu_(x, slope) if slope else x
+            packed = self.quantized = self.quantized or self._quantize(weight, image, padding)
+
+        def convolve(levels: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+            # its bytes, without the copy that int_repr makes
+            unsigned = torch.empty(0, dtype=torch.uint8)
+            unsigned.set_(levels.untyped_storage(), 0, levels.size(), levels.stride())
+            return torch.ops.onednn.qconv2d_pointwise(
+                unsigned, levels.q_scale(), levels.q_zero_point(), *packed, bias, stride, padding, dilation, groups,
+                1.0, 0, torch.float32, activation, [], "",
+            )  # fmt: skip
+
+        levels = torch.quantize_per_tensor(image, step, round(-low / step), torch.quint8)
+        x = convolve(levels, bias, "relu" if slope == 0 else "none")
+        if not slope:
+            return x
+        rest = levels.dequantize()
+        rest = torch.quantize_per_tensor(torch.sub(image, rest, out=rest), step / 255, 128, torch.quint8)
+        return F.leaky_relu_(x.add_(convolve(rest, None, "none")), slope)
 
     def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int]):
         """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies."""
@@ -355,6 +371,17 @@ class _Scale(nn.Module):
             return None if self.factor is None else (self.factor, self.shift)
         factor = self.state.mask(x, self.dropout).float() / (1 - self.dropout.p)
         return (factor, None) if self.factor is None else (factor * self.factor, factor * self.shift)
+
+    def balance(self, before: _Convolution) -> None:
+        """Let the convolution before scale its output, all but the sign: its channels then have similar ranges.
+
+        A step of 8-bit integers is too coarse for a channel that is small until the normalization makes it large, and
+        weights that do that leave too few steps to the other channels'.
+        """
+        size = self.factor.abs().flatten()
+        before.weight = before.weight * size.view(-1, 1, 1, 1)
+        before.bias = None if before.bias is None else before.bias * size
+        self.factor = self.factor.sign()
 
     def fold(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         """The next convolution's weights and bias for one image."""
@@ -569,6 +596,8 @@ def _fuse_sequence(modules: list[nn.Module], state: _Pass, dtype: torch.dtype) -
         elif len(queue) > 1 and type(queue[0]) is nn.BatchNorm2d and _kind(queue[1]) in (nn.Dropout, nn.Dropout2d):
             norm, dropout = take(nn.BatchNorm2d), take(nn.Dropout, nn.Dropout2d)
             scale = _Scale(dropout, norm, fresh(), state)
+            if state.integers and layers and isinstance(layers[-1], _Convolution):
+                scale.balance(layers[-1])
         elif (norm := take(nn.InstanceNorm2d)) and not norm.track_running_stats and fresh():
             layers.append(_InstanceNorm(norm, take(nn.ReLU, nn.LeakyReLU), take(nn.Dropout2d), state))
         else:

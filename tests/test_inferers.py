@@ -749,17 +749,17 @@ def no_bf16(monkeypatch):
 
 
 class ConvolutionOfIntegers(nn.Module):
-    """By the definition, in integers: 255 steps for an image's range, 254 for a kernel's."""
+    """By the definition, in integers: 255 steps, or the square of it, for an image's range, 254 for a kernel's."""
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: nn.Conv2d, most: int) -> None:
         super().__init__()
-        self.of = convolution
+        self.of, self.most = convolution, most
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         low, high = min(x.min().item(), 0), max(x.max().item(), 0)
-        step = (high - low) / 255
+        step = (high - low) / self.most
         zero = round(-low / step)
-        levels = ((x.double() / step).round() + zero).clamp(0, 255) - zero
+        levels = ((x.double() / step).round() + zero).clamp(0, self.most) - zero
         steps = self.of.weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
         weight = (self.of.weight / steps).round()
         sums = F.conv2d(levels, weight.double(), None, self.of.stride, self.of.padding, self.of.dilation)
@@ -778,12 +778,48 @@ def test_convolution_in_integers(low, geometry, activation, no_bf16):
     with torch.no_grad():
         fused = sampling_module.FusedNetwork(nn.Sequential(convolution, activation), amp=True)
         result = fused.deterministic(x, [0], "whole")
-        expected, exact = activation(ConvolutionOfIntegers(convolution)(x)), activation(convolution(x))
+        most = 255**2 if isinstance(activation, nn.LeakyReLU) else 255
+        expected, exact = activation(ConvolutionOfIntegers(convolution, most)(x)), activation(convolution(x))
     assert fused.precision == "int8"
     # a value between two steps may be rounded to either of them
     torch.testing.assert_close(result, expected, rtol=0, atol=2 * (2 / 255) * convolution.weight.abs().max().item())
     assert (result - expected).abs().mean() < 1e-3 < (exact - expected).abs().max()
     assert (result - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@integers
+def test_few_large_values_leave_steps_to_all_others(no_bf16):
+    """Without normalization, before a LeakyReLU, a single value can be a hundred times as large as others."""
+    torch.manual_seed(13)
+    convolution = nn.Conv2d(16, 16, 3, padding=1)
+    x = torch.rand(1, 16, 40, 40)
+    x[0, :, 0, 0] = 100
+    with torch.no_grad():
+        fused = sampling_module.FusedNetwork(nn.Sequential(convolution, nn.LeakyReLU(0.01)), amp=True)
+        result, exact = fused.deterministic(x, [0], "whole"), F.leaky_relu(convolution(x), 0.01)
+        coarse = F.leaky_relu(ConvolutionOfIntegers(convolution, 255)(x), 0.01)
+    difference, of_8_bits = ((maps - exact)[..., 2:, 2:].abs().mean() for maps in (result, coarse))
+    assert difference < 0.01 * exact[..., 2:, 2:].abs().mean() and difference < 0.1 * of_8_bits
+
+
+@integers
+def test_channels_of_any_size_before_a_normalization(no_bf16):
+    """A channel that is a thousand times smaller than another until the normalization makes it as large."""
+    torch.manual_seed(14)
+    first, second, norm = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)
+    scale = torch.logspace(-3, 0, 16)
+    with torch.no_grad():
+        first.weight *= scale.view(-1, 1, 1, 1)
+        first.bias *= scale
+        norm.running_var.copy_(scale**2 / 20)
+        norm.running_mean.copy_(scale / 10)
+        norm.weight.copy_(torch.randn(16))
+        norm.eps = 1e-12
+        network = nn.Sequential(first, nn.ReLU(), norm, nn.Dropout2d(0.5), second).eval()
+        x = torch.rand(1, 16, 60, 60)
+        exact = network(x)
+        result = sampling_module.FusedNetwork(network, amp=True).deterministic(x, [0], "whole")
+    assert (result - exact).abs().mean() < 0.01 * exact.std()
 
 
 @integers
