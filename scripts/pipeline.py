@@ -20,9 +20,11 @@
 `python scripts/pipeline.py COMMAND --help` explains the options of a command.
 """
 
+import difflib
 import inspect
 import json
 import logging
+import re
 import signal
 import sys
 import warnings
@@ -63,6 +65,19 @@ def _gather(input: str, output: str, root: str | None, fold: int | None, series:
     if inputs.skipped:
         print("Skipped:\n" + "\n".join(f"  {item}" for item in inputs.skipped))
     return inputs
+
+
+def _note_other_cases(output: str, names: set[str]) -> None:
+    """Name cases in the output folder that this run does not make, but the commands that read the folder will take."""
+    from pathlib import Path
+
+    others = [path.parent.relative_to(output).as_posix() for path in Path(output).glob("**/segmentation.nii.gz")]
+    if others := sorted(set(others) - names):
+        listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        print(
+            f"{output} has {len(others)} case(s) of another input: {listed}. The commands that read this folder "
+            "(evaluate, correct, table, review) will take them, too; remove them, or write to another folder."
+        )
 
 
 def _on_ray(engine: str) -> bool:
@@ -167,6 +182,7 @@ def run(
         cluster = Cluster(address, workers, worker_cpus, worker_gpus)
         return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold, curve))
     inputs = _gather(input, output, root, fold, series, name_by)
+    _note_other_cases(output, {scan.case for scan in inputs.scans} | {case for case, _ in inputs.failures})
     models, preview = load(device=device)
     write_operating_curve(output, _promised(models, calibration))
     skipped = [str(item) for item in inputs.skipped]
@@ -613,6 +629,43 @@ def reproduce(
     _finish(reproduce_workflow(settings, budget_minutes, dry_run, cluster))
 
 
+def _check_options(commands: dict, arguments: list[str]) -> None:
+    """Refuse an option that the command does not have: Fire would look only after it has run the command."""
+    command = arguments[0] if arguments else ""
+    if command not in commands:
+        return
+    names = inspect.signature(commands[command]).parameters
+    for argument in arguments[1:]:
+        if argument == "--":  # what follows is for Fire itself
+            return
+        option = re.match(r"--?([a-zA-Z][\w-]*)", argument)
+        name = option[1].replace("-", "_") if option else "help"
+        letter = len(name) == 1 and any(other.startswith(name) for other in names)
+        if name not in (*names, "help", "h") and name.removeprefix("no") not in names and not letter:
+            close = difflib.get_close_matches(name, names, n=1)
+            meant = f"did you mean --{close[0]}?" if close else f"see {command} --help."
+            raise ValueError(f"{command} has no option --{name}: {meant}")
+
+
+def _parser(name: str, annotation: object):
+    """What Fire reads an option's text with: a text is a text, also 2024 or 0.2, and a number is a number."""
+    kinds = {str: (str, ""), int: (int, "a whole number"), float: (float, "a number")}
+    kind = next((kind for kind in kinds if annotation in (kind, kind | None)), None)
+    if kind is None:
+        return None
+    convert, expected = kinds[kind]
+
+    def parse(text: str):
+        if text == "None" and annotation != kind:
+            return None
+        try:
+            return convert(text)
+        except ValueError:
+            raise ValueError(f"--{name} is {expected}, got '{text}'.") from None
+
+    return parse
+
+
 def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
@@ -638,11 +691,13 @@ def main() -> None:
         "table": table,
         "review": review,
     }
-    for command in commands.values():  # a text is a text, also 2024 or 0.2
-        texts = [p.name for p in inspect.signature(command).parameters.values() if p.annotation in (str, str | None)]
-        fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)
+    fire.decorators.FIRE_METADATA = "_parsers"  # a name that no help lists
+    for command in commands.values():
+        parsers = {p.name: _parser(p.name, p.annotation) for p in inspect.signature(command).parameters.values()}
+        fire.decorators.SetParseFns(**{name: parse for name, parse in parsers.items() if parse})(command)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
     try:
+        _check_options(commands, sys.argv[1:])
         fire.Fire(commands, name="pipeline.py")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

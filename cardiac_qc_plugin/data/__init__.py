@@ -3,7 +3,7 @@
 from .acdc import acdc_datalist
 from .folds import hold_out, read_fold
 from .phantom import ShortAxisPhantom
-from .predictions import with_predictions
+from .predictions import scan_items, with_predictions
 from .slices import PatchAugmentation, SlicePatchDataset, positive_weight
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "hold_out",
     "positive_weight",
     "read_fold",
+    "scan_items",
     "with_predictions",
 ]

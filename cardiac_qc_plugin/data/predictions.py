@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
 from monai.utils import ensure_tuple
 
-__all__ = ["MAP_FILES", "MAP_NAMES", "case_name", "with_predictions"]
+__all__ = ["MAP_FILES", "MAP_NAMES", "case_name", "scan_items", "with_predictions"]
 
 MAP_FILES = {"bmap": "bayesian.nii.gz", "emap": "entropy.nii.gz"}
 MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's tables
@@ -15,6 +16,25 @@ MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's ta
 def case_name(path: str | Path) -> str:
     """Name of an image file without ``.nii`` or ``.nii.gz``: the name of its case's folder."""
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def scan_items(folder: str | Path) -> list[dict[str, str]]:
+    """A datalist of the 3-D NIfTI files (``.nii.gz``) in a folder and below, without ACDC's labels and cines.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example::
+
+        >>> scan_items("nowhere")
+        Traceback (most recent call last):
+        ValueError: nowhere: no scan (.nii.gz) in this folder or below. Check --dataset_dir.
+    """
+    paths = sorted(glob(f"{folder}/**/*.nii.gz", recursive=True))  # unlike rglob, in linked folders as well
+    paths = [path for path in paths if not path.endswith(("_gt.nii.gz", "_4d.nii.gz"))]
+    if not paths:
+        raise ValueError(f"{folder}: no scan (.nii.gz) in this folder or below. Check --dataset_dir.")
+    return [{"image": path} for path in paths]
 
 
 def with_predictions(items: Sequence[dict], predictions_dir: str | Path | Sequence[str | Path], map: str) -> list[dict]:

@@ -54,7 +54,7 @@ def volume_curve(record: Mapping[str, Any], phase: int) -> dict[str, Any] | None
 def describe_cine(record: Mapping[str, Any]) -> str:
     """The indices in a sentence: "LV EF 41 % (38-45), EDV 198 ml ...; slices flagged: 3 at ED (2 basal, 1 apical)"."""
     if not record["indices"]:
-        return "no LV found, so no indices"
+        return "end-diastole and end-systole are not known, so no indices"
     parts = []
     for key, label, unit in (
         ("lv_ef_percent", "LV EF", "%"),

@@ -113,7 +113,8 @@ def apply_edits(
     if report.n_outside and on_outside == "error":
         raise ValueError(
             f"{report.n_outside} voxels were edited outside the flagged regions, in slices "
-            f"{list(report.slices_outside)}: undo these edits, or drop them with on_outside='drop'."
+            f"{', '.join(str(z + 1) for z in report.slices_outside)} (counted from 1): undo these edits, or drop them "
+            "(on_outside: drop)."
         )
     return np.where(inside, edited, prediction), report
 

@@ -19,7 +19,7 @@ def check_spacing(spacing: Sequence[float], name: str) -> None:
         name: the file, for the message.
 
     Raises:
-        ValueError: if a size is not positive and finite, or if all are 1 mm: such a header lost its spacing.
+        ValueError: if a size is not positive and finite, or if slices are 1 mm apart: such a header lost its spacing.
     """
     listed = " x ".join(f"{size:g}" for size in spacing)
     if not all(np.isfinite(size) and size > 0 for size in spacing):
@@ -44,8 +44,8 @@ class CheckScan(Transform):
 
     Raises:
         ValueError: for another shape than ``(1, H, W, D)``, NaN or infinite voxels, an image that is constant
-            (its 1st and 99th percentile are the same), or a voxel size
-            that is zero or 1 x 1 x 1 mm.
+            (its 1st and 99th percentile are the same), or a voxel size that is zero, 1 mm across slices, or far from
+            square within them (the slices lie on another axis).
     """
 
     def __call__(self, image: MetaTensor) -> MetaTensor:
@@ -61,7 +61,14 @@ class CheckScan(Transform):
         low, high = np.percentile(image.numpy(), (1, 99))
         if low == high:
             raise ValueError(f"{name}: at least 98 % of the voxels are {low:g}. The file holds no image.")
-        check_spacing(spacing_of(image), name)
+        spacing = spacing_of(image)
+        check_spacing(spacing, name)
+        if max(spacing[:2]) > 2 * min(spacing[:2]):
+            listed = " x ".join(f"{size:g}" for size in spacing)
+            raise ValueError(
+                f"{name}: the header says {listed} mm, so the slices do not lie on the third axis: their pixels are "
+                "square. Bring the axes into the order row, column, slice."
+            )
         return image
 
 

@@ -240,8 +240,7 @@ def calibrate(
     own, failures = read_patients(
         Path(predictions), references, source or f"patients of {predictions}", criterion, apex
     )
-    if written := not failures:
-        own.write(output)
+    written = not failures
     rows = split_coverage(own) if check else []
     if test is not None:
         other, problems = read_patients(Path(test), references, f"patients of {test}", criterion, apex)
@@ -251,6 +250,8 @@ def calibrate(
             {"design": f"{len(own.patients)} / {len(other.patients)} of {test}"} | row for row in coverage(own, other)
         ]
     promises = [attempt(own, kind, target) for kind, target in ASKED]
+    if written:
+        own.write(output)
     text = calibration_text(own, f"Written: {output}" if written else NOT_WRITTEN, promises, rows, failures)
     return Outcome(text, failures)
 

@@ -222,7 +222,7 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
         "intervals": index_intervals(
             indices, *(phase["segmentation"].get("sample_volume_ml", {}) for phase in (ed, es)), area
         ),
-        "flagged_slices": {phase: [z + 1 for z in slices] for phase, slices in flagged.items()},
+        "flagged_slices": flagged,
         "flagged_levels": {
             phase: dict(Counter(level[phase][z] for z in slices)) for phase, slices in flagged.items() if level[phase]
         },

@@ -96,6 +96,8 @@ def _overlap(first: Path, second: Path) -> bool:
 def _simulated(references: References, rule: Rule, criterion: str | None, apex: str) -> Method:
     if rule not in get_args(Rule):
         raise ValueError(f"Unknown correction rule {rule!r}; choose one of {list(get_args(Rule))}.")
+    if apex not in ("last", "first"):
+        raise ValueError(f"apex is 'last' or 'first', got {apex!r}.")
     if rule == "paper" and criterion is not None:
         raise ValueError("The rule 'paper' corrects all of a flagged region, failures or not: give no criterion.")
     if rule != "paper":

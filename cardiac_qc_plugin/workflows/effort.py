@@ -15,7 +15,7 @@ from cardiac_qc_plugin.reports.effort import draw_effort, effort_text
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failure_mask
 from cardiac_qc_plugin.workflows.evaluate import without_nan
-from cardiac_qc_plugin.workflows.files import read_json, write_file, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import check_output, read_json, write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import read_map
 from cardiac_qc_plugin.workflows.references import (
     Outcome,
@@ -93,6 +93,7 @@ def effort(
         raise ValueError(f"seeds is a number of random orders, 1 or more, got {seeds}.")
     FailureCriterion.preset(criterion)
     references, output = References(reference), Path(output)
+    check_output(output, predictions, *compare, reference)
     rows, sets, failures = [], [], {}
     for number, folder in enumerate([predictions, *compare]):
         cases, problems = _read(Path(folder), references, criterion, apex)

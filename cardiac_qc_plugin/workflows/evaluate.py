@@ -37,7 +37,7 @@ from cardiac_qc_plugin.metrics.statistics import (
 )
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
-from cardiac_qc_plugin.workflows.files import write_file, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import check_output, write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import (
     CRITERIA,
     STRUCTURES,
@@ -94,6 +94,7 @@ def evaluate(
         raise ValueError(f"criterion is one of {CRITERIA} and apex 'last' or 'first', got {criterion!r} and {apex!r}.")
     output, measure = Path(output), partial(measure_case, references=References(reference), apex=apex)
     folders, others = (ensure_tuple(given) if given else () for given in (predictions, compare))
+    check_output(output, *folders, *others, reference)
     cases, failures = _measure(folders, measure)
     patients = measure_patients(cases)
     summary = {

@@ -52,14 +52,18 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
     """A NIfTI image whose voxels have not been read yet.
 
     Raises:
-        ValueError: if the file is missing or no NIfTI file.
+        ValueError: if the file is missing, no NIfTI file, or holds colours or complex numbers.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
-        return nib.load(path)
+        image = nib.load(path)
     except Exception as error:  # nibabel raises its own, gzip's and zlib's errors
         raise ValueError(f"{path}: not a NIfTI image, or a damaged one ({error}).") from error
+    if image.get_data_dtype().kind not in "iuf":
+        kind = "complex numbers" if image.get_data_dtype().kind == "c" else "colours"
+        raise ValueError(f"{path}: its voxels are {kind}. Convert it to one grey value for each voxel.")
+    return image
 
 
 def read_volume(path: str | Path, frame: int | None = None) -> Volume:
@@ -98,7 +102,9 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is where its folder should be" if in_the_way else error.strerror or error
+        raise OutputError(error.errno, f"cannot write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
 
@@ -163,6 +169,9 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: if the file is missing or damaged; the message names it.
     """
+    if not path.is_file():
+        hint = " Give the output folder of run." if path.name == "qc.json" else ""
+        raise ValueError(f"{path}: no such file.{hint}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -176,6 +185,16 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_output(output: Path, *inputs: str | Path) -> None:
+    """Refuse an output folder that is one of the inputs, or a case.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if (output / "segmentation.nii.gz").is_file() or any(output.resolve() == Path(one).resolve() for one in inputs):
+        raise ValueError(f"{output} is an input of this command: write to another folder.")
 
 
 def case_folders(root: str | Path) -> list[Path]:

@@ -326,6 +326,8 @@ def each_scan(
                 except ValueError as error:
                     failures.append((scan.case, str(error)))
                 except Exception as error:  # a case that breaks in an unforeseen way must not stop the cohort
+                    while error.__cause__ is not None:  # MONAI says "applying transform ...", from what went wrong
+                        error = error.__cause__
                     failures.append((scan.case, f"{type(error).__name__}: {error}"))
                 advance(0.0)
         finally:
@@ -376,6 +378,10 @@ def process(
     Returns:
         Content of ``qc.json`` of the finished cases, (case, reason) of the others, and content of each ``cine.json``.
     """
+    phases = {int(match[2]) for scan in scans if (match := PHASE.fullmatch(scan.case))}
+    for phase in given:
+        if phase is not None and phases and phase not in phases:
+            raise ValueError(f"No cine has a phase {phase}, but {min(phases)} to {max(phases)}. See --ed and --es.")
     if preview is None:
         cases, failures = each_scan(scans, output, predictors)
         plans = {}

@@ -249,3 +249,13 @@ def test_promises_that_run_refuses(bundles, tmp_path):
     result = run_command(root, tmp_path / "out", "--catch", 0.9, "--threshold", 0.5)
     assert result.returncode == 1 and "leave out --threshold" in result.stderr
     assert not (tmp_path / "out" / "scan").exists()
+
+
+def test_a_check_that_cannot_be_done_writes_nothing(cohort, tmp_path):
+    root, _ = cohort
+    shutil.copytree(root / "run", tmp_path / "run")
+    for folder in list((tmp_path / "run").glob("patient003_*")):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="3 patients or more, got 2"):
+        calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json", check=True)
+    assert not (tmp_path / "file.json").exists()

@@ -110,7 +110,7 @@ def test_intervals_come_from_pairs_of_samples(tmp_path):
     assert (low, high) == pytest.approx((100 - 4.3027 * 10, 100 + 4.3027 * 10), abs=0.01)
     assert describe_cine(record).startswith("LV EF 60 % (60-60), EDV 100 ml (57-143)")
     assert "slices flagged: 2 at ED, 2 at ES" in describe_cine(record)
-    assert record["flagged_slices"] == {"ed": [1, 4], "es": [1, 4]} and record["flagged_levels"] == {}
+    assert record["flagged_slices"] == {"ed": [0, 3], "es": [0, 3]} and record["flagged_levels"] == {}
 
 
 def test_flagged_slices_are_named_by_their_third(tmp_path):
@@ -151,6 +151,10 @@ def test_a_phase_that_does_not_exist_stops_no_other_heart(bundles, tmp_path):  #
         assert len(error.value.cases) == 8 and (tmp_path / "out" / "report.html").is_file()
         found = [json.loads((tmp_path / "out" / f"{n}_4d" / "cine.json").read_text()) for n in ("short", "long")]
         assert [record["ed_phase"] for record in found] == [None, 4]
+        assert describe_cine(found[0]) == "end-diastole and end-systole are not known, so no indices"
+        with pytest.raises(ValueError, match=r"No cine has a phase 9, but 0 to 4\."):
+            run(scans, tmp_path / "other", *full, preview=preview, given=(9, None))
+        assert not list((tmp_path / "other").rglob("qc.json"))
 
 
 def predictors(bundles, map, samples):  # noqa: F811

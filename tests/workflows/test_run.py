@@ -21,6 +21,7 @@ from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, wr
 from cardiac_qc_plugin.inferers import MCDropoutSliceInferer
 from cardiac_qc_plugin.networks import DilatedResNet22
 from cardiac_qc_plugin.workflows import files
+from cardiac_qc_plugin.workflows import run as run_module
 from cardiac_qc_plugin.workflows.run import CaseFailures, run, scores
 from cardiac_qc_plugin.workflows.table import folder_rows
 
@@ -241,7 +242,14 @@ def write_inf(path):
     save(path, image)
 
 
+def write_colours(path):
+    nib.save(nib.Nifti1Image(np.zeros((64, 64, 2), [(c, "u1") for c in "RGB"]), np.diag([1.5, 1.5, 8, 1])), path)
+
+
 BROKEN = {
+    "colours": (write_colours, "its voxels are colours"),
+    "complex": (lambda path: save(path, stack().astype(np.complex64)), "its voxels are complex numbers"),
+    "turned": (lambda path: save(path, stack(), (8.0, 1.5, 1.5)), "8 x 1.5 x 1.5 mm, so the slices do not lie on"),
     "text": (lambda path: path.write_text("no image"), "not a NIfTI image"),
     "truncated": (write_truncated, "truncated"),
     "flat": (lambda path: save(path, stack(shape=(64, 64)), (1.5, 1.5)), "3-D"),
@@ -312,10 +320,9 @@ def test_full_disk_stops_and_leaves_no_half_file(scan, predictors, tmp_path, mon
     check_files(tmp_path / "oblique", scan)
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "pipeline.py", *map(str, arguments)], capture_output=True, text=True
-    )
+def command(*arguments, cwd=None):
+    line = [sys.executable, ROOT / "scripts" / "pipeline.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd)
 
 
 def test_command_line(bundles, tmp_path):
@@ -348,6 +355,71 @@ def test_command_line(bundles, tmp_path):
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
     done = command("run", "--input", tmp_path / "nothing", "--output", tmp_path / "out", *settings)
     assert done.returncode == 1 and "no such file or folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("run", "--input", "in", "--output", "out", "--sample", 3),
+            "run has no option --sample: did you mean --samples?",
+        ),
+        (("run", "-i", "in", "--output=out", "-x", 3), "run has no option --x: see run --help."),
+        (("segment", "in", "out", "--samples", "abc"), "--samples is a whole number, got 'abc'."),
+        (("run", "in", "out", "--samples=2.5"), "--samples is a whole number, got '2.5'."),
+        (("run", "in", "out", "--threshold", "high"), "--threshold is a number, got 'high'."),
+        (("run", "scans", "out", "--threshold", 1.5), "--threshold is a probability, between 0 and 1, got 1.5."),
+        (("run", "scans", "a_file"), "a_file"),
+        (
+            ("correct", "out", "--reference", "in", "--output", "c", "--apex", "top"),
+            "apex is 'last' or 'first', got 'top'.",
+        ),
+        (("evaluate", "out", "in", "in"), "in is an input of this command: write to another folder."),
+        (("evaluate", "out", "in", "out/case"), "out/case is an input of this command: write to another folder."),
+        (("effort", "out", "in", "out"), "out is an input of this command: write to another folder."),
+        (("effort", "out", "in", "effort"), "qc.json: no such file. Give the output folder of run."),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_done(arguments, message, tmp_path):
+    for folder in ("in", "out/case", "scans"):
+        (tmp_path / folder).mkdir(parents=True)
+    save(tmp_path / "scans" / "case.nii.gz", stack())
+    for path in ("in/case_gt.nii.gz", "out/case/segmentation.nii.gz"):
+        save(tmp_path / path, np.ones((64, 64, 2), np.uint8))
+    (tmp_path / "a_file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "c") == before
+
+
+def test_help_lists_options_only(tmp_path):
+    done = command("run", "--help")
+    assert done.returncode == 0 and "--samples" in done.stderr + done.stdout
+    assert "GROUP" not in done.stderr + done.stdout
+
+
+def test_cases_of_another_input_are_named(bundles, tmp_path):
+    settings = ("--model", "dn", "--samples", 2, "--device", "cpu", "--bundle_dir", bundles)
+    for name in ("first", "second"):
+        save(tmp_path / f"{name}.nii.gz", stack())
+        done = command("run", tmp_path / f"{name}.nii.gz", tmp_path / "out", *settings)
+        assert done.returncode == 0, done.stderr
+        assert ("1 case(s) of another input: first." in done.stdout) == (name == "second")
+
+
+def test_a_failure_within_a_transform_says_what_failed(predictors, tmp_path, monkeypatch):
+    def fail(*_):
+        try:
+            raise OverflowError("too large")
+        except OverflowError as error:
+            raise RuntimeError("applying transform <object at 0x7f>") from error
+
+    monkeypatch.setattr(run_module, "segment", fail)
+    save(tmp_path / "scan.nii.gz", stack())
+    with pytest.raises(CaseFailures) as caught:
+        run(find_scans(tmp_path / "scan.nii.gz"), tmp_path / "out", *predictors)
+    assert caught.value.failures == [("scan", "OverflowError: too large")]
 
 
 def test_command_line_datalist(tmp_path):
