@@ -179,8 +179,8 @@ class _Pass:
         return mean + (mean_whole - mean_region), var * (var_whole / var_region.clamp_min(1e-12))
 
 
-def _in_onednn(x: torch.Tensor) -> bool:
-    """Whether oneDNN can convolve it."""
+def _onednn_computes(x: torch.Tensor) -> bool:
+    """Whether oneDNN convolves it."""
     return convolution_pointwise is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled
 
 
@@ -229,7 +229,7 @@ class _Convolution(nn.Module):
         self.state = state
         self.scale: _Scale | None = None
         self.dropout: nn.Dropout2d | None = None
-        self.onednn = _in_onednn(self.weight)
+        self.onednn = _onednn_computes(self.weight)
         self.packed: tuple[float, torch.Tensor] | None = None
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -426,7 +426,7 @@ class _InstanceNorm(nn.Module):
             factor, shift = factor * mask, shift * mask
         factor, shift = factor.to(x.dtype), shift.to(x.dtype)
         slope = 1.0 if self.activation is None else getattr(self.activation, "negative_slope", 0.0)
-        if x.dtype != torch.bfloat16 or not _in_onednn(x):  # in fp32 it is no faster than two passes in place
+        if x.dtype != torch.bfloat16 or not _onednn_computes(x):  # in fp32 it is no faster than two passes in place
             x = _affine(x, factor, shift)
             return x if self.activation is None else F.leaky_relu_(x, slope)
         parts = [
