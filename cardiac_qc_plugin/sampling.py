@@ -230,6 +230,7 @@ class _Convolution(nn.Module):
         self.scale: _Scale | None = None
         self.dropout: nn.Dropout2d | None = None
         self.onednn = _onednn_computes(self.weight)
+        self.exact = False  # not in integers
         self.packed: tuple[float, torch.Tensor] | None = None
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -267,10 +268,9 @@ class _Convolution(nn.Module):
         return x
 
     def _takes_integers(self) -> bool:
-        """Whether it is computed in 8-bit integers: not those that take little time."""
-        channels, kernel = self.weight.shape[:2], self.weight.shape[2:]
-        large = min(channels) >= SMALLEST and kernel != (1, 1)
-        return large and self.state.integers and self.onednn and self.geometry[2] == 1
+        """Whether it is computed in 8-bit integers."""
+        large = min(self.weight.shape[:2]) >= SMALLEST and self.geometry[2] == 1
+        return large and self.state.integers and self.onednn and not self.exact
 
     def _folds(self, x: torch.Tensor, padding: Sequence[int]) -> bool:
         """Whether to scale the weights instead of the image; integers have to be made of them anew then."""
@@ -312,14 +312,19 @@ class _Convolution(nn.Module):
         else:
             packed = self.quantized = self.quantized or self._quantize(weight, image, padding)
 
-        def convolve(levels: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        def convolve(levels: torch.Tensor, bias: torch.Tensor | None, activation: str, to: torch.Tensor | None = None):
             # its bytes, without the copy that int_repr makes
             unsigned = torch.empty(0, dtype=torch.uint8)
             unsigned.set_(levels.untyped_storage(), 0, levels.size(), levels.stride())
-            return torch.ops.onednn.qconv2d_pointwise(
-                unsigned, levels.q_scale(), levels.q_zero_point(), *packed, bias, stride, padding, dilation, groups,
-                1.0, 0, torch.float32, activation, [], "",
-            )  # fmt: skip
+            image = unsigned, levels.q_scale(), levels.q_zero_point()
+            geometry = stride, padding, dilation, groups
+            if to is None:
+                return torch.ops.onednn.qconv2d_pointwise(
+                    *image, *packed, bias, *geometry, 1.0, 0, torch.float32, activation, [], ""
+                )
+            return torch.ops.onednn.qconv2d_pointwise.binary(
+                *image, *packed, to, bias, *geometry, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, activation, [], ""
+            )
 
         levels = torch.quantize_per_tensor(image, step, round(-low / step), torch.quint8)
         x = convolve(levels, bias, "relu" if slope == 0 else "none")
@@ -327,7 +332,7 @@ class _Convolution(nn.Module):
             return x
         rest = levels.dequantize()
         rest = torch.quantize_per_tensor(torch.sub(image, rest, out=rest), step / 255, 128, torch.quint8)
-        return F.leaky_relu_(x.add_(convolve(rest, None, "none")), slope)
+        return F.leaky_relu_(convolve(rest, None, "none", x), slope)
 
     def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int]):
         """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies."""
@@ -504,6 +509,7 @@ class _Tiles(nn.Module):
         if module.bias is not None:
             convolution.bias = nn.Parameter(module.bias.detach().repeat(n))
         self.convolution = _Convolution(convolution, None, state, dtype)
+        self.convolution.exact = True  # little of the time, and its input is not normalized
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         """Behind the channels of ``skip``, where given."""
