@@ -29,7 +29,7 @@ from .transforms.uncertainty import bayesian_map, predictive_entropy
 __all__ = ["AutocastInferer", "EnsembleSliceInferer", "FailureRegionInferer", "MCDropoutSliceInferer"]
 
 # bytes of the largest layer's output in a forward pass: above 32 MiB glibc asks the kernel for every buffer anew
-LARGEST = {"cpu": 8 << 20, "cuda": 1 << 30}
+LARGEST = {"cpu": 16 << 20, "cuda": 1 << 30}
 
 
 class AutocastInferer(SimpleInferer):

@@ -179,11 +179,6 @@ class _Pass:
         return mean + (mean_whole - mean_region), var * (var_whole / var_region.clamp_min(1e-12))
 
 
-def _onednn_computes(x: torch.Tensor) -> bool:
-    """Whether oneDNN convolves it."""
-    return convolution_pointwise is not None and x.device.type == "cpu" and torch.backends.mkldnn.enabled
-
-
 def _joined(images: Sequence[torch.Tensor]) -> torch.Tensor:
     """Along the first axis, without a copy of a single one."""
     return torch.cat(images) if len(images) > 1 else images[0]
@@ -229,7 +224,9 @@ class _Convolution(nn.Module):
         self.state = state
         self.scale: _Scale | None = None
         self.dropout: nn.Dropout2d | None = None
-        self.onednn = _onednn_computes(self.weight)
+        self.onednn = (
+            convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
+        )
         self.exact = False  # not in integers
         self.packed: tuple[float, torch.Tensor] | None = None
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -407,10 +404,7 @@ class _Scale(nn.Module):
 
 
 class _InstanceNorm(nn.Module):
-    """Instance normalization, LeakyReLU and dropout: a pass for the statistics, and a product and LeakyReLU.
-
-    In bf16 oneDNN computes the last two in one pass, as a convolution of each channel with a single number.
-    """
+    """Instance normalization, LeakyReLU and dropout: two passes, the mask in the factor of the normalization."""
 
     def __init__(
         self, norm: nn.InstanceNorm2d, activation: nn.Module | None, dropout: nn.Module | None, state: _Pass
@@ -429,19 +423,8 @@ class _InstanceNorm(nn.Module):
         if dropout and self.dropout is not None and self.state.generators is not None:
             mask = self.state.mask(x, self.dropout) / (1 - self.dropout.p)
             factor, shift = factor * mask, shift * mask
-        factor, shift = factor.to(x.dtype), shift.to(x.dtype)
-        slope = 1.0 if self.activation is None else getattr(self.activation, "negative_slope", 0.0)
-        if x.dtype != torch.bfloat16 or not _onednn_computes(x):  # in fp32 it is no faster than two passes in place
-            x = _affine(x, factor, shift)
-            return x if self.activation is None else F.leaky_relu_(x, slope)
-        parts = [
-            convolution_pointwise(
-                image, factor[i].unsqueeze(1), shift[i].flatten(), (0, 0), (1, 1), (1, 1), x.shape[1],
-                "leaky_relu", [slope], "",
-            )
-            for i, image in enumerate(x.split(1))
-        ]  # fmt: skip
-        return parts[0] if len(parts) == 1 else torch.cat(parts, out=x)
+        x = _affine(x, factor.to(x.dtype), shift.to(x.dtype))
+        return x if self.activation is None else F.leaky_relu_(x, getattr(self.activation, "negative_slope", 0.0))
 
 
 class _Layers(nn.Sequential):
@@ -525,22 +508,6 @@ class _Tiles(nn.Module):
         return out
 
 
-def _halves(module: nn.MaxPool2d) -> bool:
-    """Whether it takes the largest of 2x2 pixels, and nothing else."""
-    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return sizes in [(2, 2, 0, 1), ((2, 2), (2, 2), (0, 0), (1, 1))] and not (module.return_indices or module.ceil_mode)
-
-
-class _HalvingMaxPool(nn.Module):
-    """Largest of 2x2 pixels: torch's own computes indices as well, and takes twice as long."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 2, 3, 1)
-        height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-        x = torch.maximum(x[:, :height:2], x[:, 1:height:2])
-        return torch.maximum(x[:, :, :width:2], x[:, :, 1:width:2]).permute(0, 3, 1, 2)
-
-
 class _Residual(nn.Module):
     """Residual block whose sum is computed with its last convolution."""
 
@@ -619,8 +586,6 @@ def _fuse(module: nn.Module, state: _Pass, dtype: torch.dtype) -> nn.Module:
         return _fuse_sequence([module], state, dtype)
     if (type(module) is nn.ConvTranspose2d or getattr(module, "joins_skip", False)) and _tiles(module):
         return _Tiles(module, state, dtype)
-    if type(module) is nn.MaxPool2d and _halves(module):
-        return _HalvingMaxPool()
     if getattr(module, "is_residual_block", False) and [type(m) for m in module.second] == [nn.Conv2d, nn.BatchNorm2d]:
         return _Residual(module, state, dtype)
     for name, child in module.named_children():

@@ -885,38 +885,6 @@ def test_transposed_convolution_that_tiles_is_a_convolution(edge, bias):
         torch.testing.assert_close(fused.deterministic(x, [0, 1], "whole"), network[0](x), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "pooling",
-    [nn.MaxPool2d(2), nn.MaxPool2d((2, 2)), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 1)],
-)
-def test_pooling_is_torchs(pooling):
-    network = nn.Sequential(pooling, nn.Dropout2d(0.5))
-    x = stack(2, 3, 7, 9)
-    x[0, 0, 2, 3] = float("nan")
-    result = sampling_module.FusedNetwork(network, amp=False).deterministic(x, [0, 1], "whole")
-    assert torch.equal(result.nan_to_num(9), pooling(x).nan_to_num(9)) and result.isnan().any()
-
-
-@pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.LeakyReLU(0.2)])
-def test_instance_normalization_in_bf16(activation, affine, images, monkeypatch):
-    """One pass of oneDNN, of each image with its own mean and variance."""
-    monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: True)
-    torch.manual_seed(12)
-    norm = nn.InstanceNorm2d(20, affine=affine)
-    if affine:
-        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    layers = [nn.Conv2d(2, 20, 3, padding=1), norm] + ([] if activation is None else [activation])
-    network = nn.Sequential(*layers, nn.Dropout2d(0.5))
-    x = stack(images, 2, 9, 11) * torch.arange(1, images + 1).view(-1, 1, 1, 1)
-    with torch.no_grad():
-        result = sampling_module.FusedNetwork(network, amp=True).deterministic(x, range(images), "whole")
-        exact = network.eval()(x)
-    assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
-    assert (result - exact).abs().max() < 0.03 * exact.abs().max()
-
-
 @pytest.mark.parametrize("fast", [False, True])
 def test_bf16_only_where_it_is_fast(fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)

@@ -69,7 +69,6 @@ class BayesianUNet(nn.Module):
         self.contracting = nn.ModuleList(
             _DoubleConvolution(i, o, True, dropout) for i, o in zip(inputs[:-1], path, strict=True)
         )
-        self.pooling = nn.MaxPool2d(2)
         self.bottleneck = _DoubleConvolution(path[-1], bottleneck, True, 0.0)
         widths = list(reversed(features))
         self.upsampling = nn.ModuleList(
@@ -91,7 +90,7 @@ class BayesianUNet(nn.Module):
         for block in self.contracting:
             x = block(x)
             skips.append(x)
-            x = self.pooling(x)
+            x = F.max_pool2d(x, 2)
         x = self.bottleneck(x)
         for upsample, block in zip(self.upsampling, self.expanding):  # noqa: B905 (TorchScript knows no strict)
             x = block(upsample(x, skips.pop()))
