@@ -264,7 +264,7 @@ def load_detector(
             f"{', '.join(map(' '.join, available)) or 'none'}. Train one with the bundle's train.json: "
             f"--segmentation_model {model} --map {map}."
         )
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"--threshold is a probability, between 0 and 1, got {threshold}.")
     settings = {} if threshold is None else {"threshold": float(threshold)}
+    if not 0 <= settings.get("threshold", 0) <= 1:
+        raise ValueError(f"--threshold is a probability, between 0 and 1, got {threshold}.")
     return BundlePredictor(folder, device, map=map, segmentation_model=model, **settings)

@@ -635,6 +635,8 @@ def _check_options(commands: dict, arguments: list[str]) -> None:
     if command not in commands:
         return
     names = inspect.signature(commands[command]).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values()):  # settings of the bundles
+        return
     for argument in arguments[1:]:
         if argument == "--":  # what follows is for Fire itself
             return
