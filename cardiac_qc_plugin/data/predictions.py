@@ -1,8 +1,8 @@
-"""Datalist items that point at the files a segmentation left behind."""
+"""Datalist items: the scans of a folder, and the files that a segmentation left behind."""
 
 import json
 from collections.abc import Sequence
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 from monai.utils import ensure_tuple
@@ -30,7 +30,9 @@ def scan_items(folder: str | Path) -> list[dict[str, str]]:
         Traceback (most recent call last):
         ValueError: nowhere: no scan (.nii.gz) in this folder or below. Check --dataset_dir.
     """
-    paths = sorted(glob(f"{folder}/**/*.nii.gz", recursive=True))  # unlike rglob, in linked folders as well
+    paths = sorted(
+        glob(f"{escape(str(folder))}/**/*.nii.gz", recursive=True)
+    )  # unlike rglob, in linked folders as well
     paths = [path for path in paths if not path.endswith(("_gt.nii.gz", "_4d.nii.gz"))]
     if not paths:
         raise ValueError(f"{folder}: no scan (.nii.gz) in this folder or below. Check --dataset_dir.")

@@ -16,6 +16,7 @@ from tiny_bundles import write_bundles
 
 from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.checkpoints import save_weights
+from cardiac_qc_plugin.data import scan_items
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.inferers import MCDropoutSliceInferer
@@ -393,7 +394,26 @@ def test_wrong_arguments_are_refused_before_anything_is_done(arguments, message,
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "c") == before
 
 
-def test_help_lists_options_only(tmp_path):
+def test_scans_of_a_bundles_folder(tmp_path):
+    """Labels and cines are left out; a folder's name is no pattern, and a linked folder is looked into."""
+    folder = tmp_path / "a [1]"
+    (folder / "below").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for path in (
+        folder / "below/a.nii.gz",
+        folder / "a_gt.nii.gz",
+        folder / "a_4d.nii.gz",
+        tmp_path / "elsewhere/b.nii.gz",
+    ):
+        path.touch()
+    expected = [{"image": str(folder / name)} for name in ("below/a.nii.gz", "link/b.nii.gz")]
+    assert scan_items(folder) == expected
+    with pytest.raises(ValueError, match="nowhere: no scan"):
+        scan_items(tmp_path / "nowhere")
+
+
+def test_help_lists_options_only():
     done = command("run", "--help")
     assert done.returncode == 0 and "--samples" in done.stderr + done.stdout
     assert "GROUP" not in done.stderr + done.stdout
