@@ -254,6 +254,19 @@ def test_leaving_at_once_saves_all(chromium, address):
     assert (painted != automatic()).any() and not screen.complaints
 
 
+def test_a_case_that_was_left_is_not_open(chromium, address):
+    """The list waits for the server to close it, and the next case is this one again."""
+    screen = Screen(chromium, address)
+    screen.open()
+    screen.page.route("**/api/close", lambda route: (time.sleep(0.5), route.continue_()))
+    screen.page.keyboard.press("Escape")
+    status = screen.page.locator("#rows tr:first-child td:nth-child(3)")
+    status.filter(has_text="in progress").wait_for()
+    assert status.text_content() == "in progress"
+    screen.open()
+    assert screen.page.text_content("#case-name") == "p1_ed" and not screen.complaints
+
+
 def test_a_phone(chromium, address):
     """Nothing is wider than the screen, buttons can be hit, a finger paints, and two fingers only zoom."""
     screen = Screen(chromium, address, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)

@@ -79,10 +79,10 @@ export class ActionQueue {
     }
   }
 
-  // What still waits is given up.
+  // What still waits is given up. Resolves when the server has closed the case, or does not answer.
   end() {
     this.ended = true;
     this.waiting = [];
-    post("api/close", { case: this.caseName, session: this.session }, true).catch(() => {});
+    return post("api/close", { case: this.caseName, session: this.session }, true).catch(() => {});
   }
 }

@@ -18,6 +18,7 @@ $("reviewer").value = settings.reviewer || localStorage.getItem("reviewer") || "
 
 let cases = [];
 let open = null; // the case on the screen
+let closing = null; // the last case that was left, until the server knows
 const tool = { label: 1, brush: 2, showMap: false, showLabels: true };
 
 // ---- worklist
@@ -27,6 +28,7 @@ async function showWorklist() {
   history.replaceState(null, "", location.pathname);
   $("worklist").hidden = false;
   $("seat").hidden = true;
+  await closing; // or the list would say that it is open in a window
   try {
     cases = await get("api/cases");
   } catch (problem) {
@@ -149,7 +151,7 @@ async function leaveCase() {
   if (open?.queue !== queue) return !open; // left by another way meanwhile
   const unsaved = queue.waiting.length;
   if (unsaved && !(await confirmed(`${unsaved} actions are not saved yet.`, "Leave without them"))) return false;
-  queue.end();
+  closing = queue.end();
   open = null;
   return true;
 }
