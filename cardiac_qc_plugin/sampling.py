@@ -41,12 +41,21 @@ def reduced_precision(device: torch.device) -> bool:
 
 
 def fast_integers(device: torch.device) -> bool:
-    """Whether convolutions in 8-bit integers are fast on the device: CPUs with AVX512-VNNI instructions.
+    """Whether convolutions in 8-bit integers are fast on the device: x86 CPUs with AVX2 instructions or later ones.
 
-    They are four times as fast as in fp32 (docs/performance.md).
+    They are twice as fast as in fp32, and four times with AVX512-VNNI (docs/performance.md).
     """
     available = hasattr(torch.ops.onednn, "qconv2d_pointwise") and hasattr(torch, "quantize_per_tensor")
-    return device.type == "cpu" and available and torch.backends.mkldnn.enabled and torch.cpu._is_vnni_supported()
+    is_fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return device.type == "cpu" and available and torch.backends.mkldnn.enabled and is_fast
+
+
+def adds_in_32_bits() -> bool:
+    """Whether 8-bit convolutions add up all products in 32 bits: CPUs with AVX512-VNNI instructions.
+
+    Others add two products of an image's byte and a weight in 16 bits first: weights may be 63 then, and no larger.
+    """
+    return torch.cpu._is_vnni_supported()
 
 
 def precision(device: torch.device) -> str:
@@ -228,7 +237,7 @@ class _Convolution(nn.Module):
             convolution_pointwise is not None and self.weight.device.type == "cpu" and torch.backends.mkldnn.enabled
         )
         self.exact = False  # not in integers
-        self.packed: tuple[float, torch.Tensor] | None = None
+        self.packed: dict[tuple[float, torch.Size], torch.Tensor] = {}
         self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def can_drop(self) -> bool:
@@ -265,9 +274,10 @@ class _Convolution(nn.Module):
         return x
 
     def _takes_integers(self) -> bool:
-        """Whether it is computed in 8-bit integers."""
+        """Whether it is computed in 8-bit integers; not where two such convolutions take as long as one in fp32."""
         large = min(self.weight.shape[:2]) >= SMALLEST and self.geometry[2] == 1
-        return large and self.state.integers and self.onednn and not self.exact
+        pays = adds_in_32_bits() or not self.slope
+        return large and pays and self.state.integers and self.onednn and not self.exact
 
     def _folds(self, x: torch.Tensor, padding: Sequence[int]) -> bool:
         """Whether to scale the weights instead of the image; integers have to be made of them anew then."""
@@ -292,7 +302,7 @@ class _Convolution(nn.Module):
     def _in_integers(
         self, image: torch.Tensor, weight: torch.Tensor, bias, padding: Sequence[int], activates: bool
     ) -> torch.Tensor:
-        """Of one image (1, C, H, W), by 8-bit integers: 255 steps for its range, 254 for a kernel's; fp32 result.
+        """Of one image (1, C, H, W), by 8-bit integers: 255 steps for its range, 254 (126) for a kernel's; fp32 result.
 
         Before a LeakyReLU, which no batch normalization bounds, an image's few large values leave too few steps to all
         others: there it takes 16 bits, as two convolutions.
@@ -334,7 +344,7 @@ class _Convolution(nn.Module):
     def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int]):
         """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies."""
         stride, dilation, groups = self.geometry
-        steps = weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12) / 127
+        steps = weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12) / (127 if adds_in_32_bits() else 63)
         signed = (weight / steps.view(-1, 1, 1, 1)).round_().to(torch.int8)
         packed = torch.ops.onednn.qconv_prepack(
             signed, steps, 1.0, 0, stride, padding, dilation, groups, list(image.shape)
@@ -342,12 +352,18 @@ class _Convolution(nn.Module):
         return packed, steps, torch.zeros(len(steps), dtype=torch.long)
 
     def _pack(self, kept: float, x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
-        """Weights, divided by ``kept``, in the order that oneDNN computes with, for inputs of this size."""
-        if self.packed is None or self.packed[0] != kept:
+        """Weights, divided by ``kept``, in the order that oneDNN computes with, for inputs of this shape.
+
+        With those of another shape a convolution can take four times as long.
+        """
+        key = kept, x.shape
+        if key not in self.packed:
+            if len(self.packed) > 1:  # they are as large as the network
+                del self.packed[next(iter(self.packed))]
             stride, dilation, groups = self.geometry
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            self.packed = kept, reorder(self.weight / kept, padding, stride, dilation, groups, list(x.shape))
-        return self.packed[1]
+            self.packed[key] = reorder(self.weight / kept, padding, stride, dilation, groups, list(x.shape))
+        return self.packed[key]
 
 
 class _Scale(nn.Module):
@@ -625,7 +641,7 @@ class FusedNetwork:
         self.state.widest = 0
         for module in self.network.modules():
             if isinstance(module, _Convolution):
-                module.packed = None  # the order of fp32 sums; those of integers are exact
+                module.packed.clear()  # the order of fp32 sums; those of integers are exact
 
     @property
     def widest(self) -> int:
