@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -43,7 +44,8 @@ def reduced_precision(device: torch.device) -> bool:
 def fast_integers(device: torch.device) -> bool:
     """Whether convolutions in 8-bit integers are fast on the device: x86 CPUs with AVX2 instructions or later ones.
 
-    They are twice as fast as in fp32, and four times with AVX512-VNNI (docs/performance.md).
+    They were twice as fast as in fp32 on the CPUs that were tried, and four times with AVX512-VNNI
+    (docs/performance.md).
     """
     available = hasattr(torch.ops.onednn, "qconv2d_pointwise") and hasattr(torch, "quantize_per_tensor")
     is_fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -51,11 +53,12 @@ def fast_integers(device: torch.device) -> bool:
 
 
 def adds_in_32_bits() -> bool:
-    """Whether 8-bit convolutions add up all products in 32 bits: CPUs with AVX512-VNNI instructions.
+    """Whether 8-bit convolutions surely add up all products in 32 bits: oneDNN on CPUs with AVX512-VNNI instructions.
 
-    Others add two products of an image's byte and a weight in 16 bits first: weights may be 63 then, and no larger.
+    Others add two products of an image's byte and a weight in 16 bits first, so that weights go up to 63 only.
     """
-    return torch.cpu._is_vnni_supported()
+    limits = {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}  # the user's own limit on oneDNN's instructions
+    return torch.cpu._is_vnni_supported() and not limits & os.environ.keys()
 
 
 def precision(device: torch.device) -> str:
@@ -238,7 +241,7 @@ class _Convolution(nn.Module):
         )
         self.exact = False  # not in integers
         self.packed: dict[tuple[float, torch.Size], torch.Tensor] = {}
-        self.quantized: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.quantized: dict[bool, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def can_drop(self) -> bool:
         """Whether a mask of the output is free: oneDNN multiplies by it before the activation, which may be a ReLU."""
@@ -314,17 +317,18 @@ class _Convolution(nn.Module):
         if not math.isfinite(step):  # of a diverged network, say: the result is not finite either
             x = F.conv2d(image, weight, bias, stride, padding, dilation, groups)
             return x if slope is None else F.leaky_relu_(x, slope)
-        if weight is not self.weight:
-            packed = self._quantize(weight, image, padding)
-        else:
-            packed = self.quantized = self.quantized or self._quantize(weight, image, padding)
+        quantized = self.quantized if weight is self.weight else {}
 
         def convolve(levels: torch.Tensor, bias: torch.Tensor | None, activation: str, to: torch.Tensor | None = None):
             # its bytes, without the copy that int_repr makes
             unsigned = torch.empty(0, dtype=torch.uint8)
             unsigned.set_(levels.untyped_storage(), 0, levels.size(), levels.stride())
-            image = unsigned, levels.q_scale(), levels.q_zero_point()
+            zero = levels.q_zero_point()
+            image = unsigned, levels.q_scale(), zero
             geometry = stride, padding, dilation, groups
+            if bool(zero) not in quantized:
+                quantized[bool(zero)] = self._quantize(weight, unsigned, padding, zero)
+            packed = quantized[bool(zero)]
             if to is None:
                 return torch.ops.onednn.qconv2d_pointwise(
                     *image, *packed, bias, *geometry, 1.0, 0, torch.float32, activation, [], ""
@@ -341,13 +345,16 @@ class _Convolution(nn.Module):
         rest = torch.quantize_per_tensor(torch.sub(image, rest, out=rest), step / 255, 128, torch.quint8)
         return F.leaky_relu_(convolve(rest, None, "none", x), slope)
 
-    def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int]):
-        """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies."""
+    def _quantize(self, weight: torch.Tensor, image: torch.Tensor, padding: Sequence[int], zero: int):
+        """Weights as signed bytes in oneDNN's order, what a step of each kernel is, and where its zero lies.
+
+        The order is another one for images whose zero is not 0; large weights in the wrong one take twice the time.
+        """
         stride, dilation, groups = self.geometry
         steps = weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12) / (127 if adds_in_32_bits() else 63)
         signed = (weight / steps.view(-1, 1, 1, 1)).round_().to(torch.int8)
         packed = torch.ops.onednn.qconv_prepack(
-            signed, steps, 1.0, 0, stride, padding, dilation, groups, list(image.shape)
+            signed, steps, 1.0, zero, stride, padding, dilation, groups, list(image.shape)
         )
         return packed, steps, torch.zeros(len(steps), dtype=torch.long)
 

@@ -33,6 +33,9 @@ export const post = async (path, body, keepalive = false) =>
     keepalive,
   })).json();
 
+// Resolves when the server has closed the case, or does not answer. Also while the page is left.
+export const close = (name, session) => post("api/close", { case: name, session }, true).catch(() => {});
+
 const newId = () => Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
 
 // The actions of one session on one case.
@@ -79,10 +82,10 @@ export class ActionQueue {
     }
   }
 
-  // What still waits is given up. Resolves when the server has closed the case, or does not answer.
+  // What still waits is given up.
   end() {
     this.ended = true;
     this.waiting = [];
-    return post("api/close", { case: this.caseName, session: this.session }, true).catch(() => {});
+    return close(this.caseName, this.session);
   }
 }

@@ -1,4 +1,4 @@
-import { ActionQueue, get, getVoxels, post } from "./api.js";
+import { ActionQueue, close, get, getVoxels, post } from "./api.js";
 import { brushed, SliceView, Volume } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
@@ -18,8 +18,10 @@ $("reviewer").value = settings.reviewer || localStorage.getItem("reviewer") || "
 
 let cases = [];
 let open = null; // the case on the screen
-let closing = null; // the last case that was left, until the server knows
+let closing = null; // cases that were left, until the server knows
 const tool = { label: 1, brush: 2, showMap: false, showLabels: true };
+
+const within = (promise, ms = 3000) => Promise.race([promise, new Promise((resolve) => setTimeout(resolve, ms))]);
 
 // ---- worklist
 
@@ -28,7 +30,10 @@ async function showWorklist() {
   history.replaceState(null, "", location.pathname);
   $("worklist").hidden = false;
   $("seat").hidden = true;
-  await closing; // or the list would say that it is open in a window
+  cases = []; // until the server says how they stand now
+  $("rows").replaceChildren();
+  $("next-case").disabled = $("accept-unflagged").hidden = true;
+  await within(closing); // or the list would say that a case is open in a window
   try {
     cases = await get("api/cases");
   } catch (problem) {
@@ -69,16 +74,18 @@ const unflaggedCases = () => cases.filter((row) => row.regions === 0 && row.stat
 
 async function acceptUnflagged() {
   const problems = [];
+  $("accept-unflagged").hidden = true;
   for (const row of unflaggedCases()) {
+    let session;
     try {
-      const { session } = await post("api/open", { case: row.case, reviewer: reviewer() });
+      ({ session } = await post("api/open", { case: row.case, reviewer: reviewer() }));
       await post("api/act", { case: row.case, session, action: { id: session, action: "finish" } });
-      await post("api/close", { case: row.case, session });
     } catch (problem) {
       problems.push(`${row.case}: ${problem.message}`);
     }
+    if (session) await close(row.case, session);
   }
-  await showWorklist();
+  if (!open) await showWorklist();
   if (problems.length) tell(`${problems.length} cases were not accepted. ${problems.join(" ")}`);
 }
 
@@ -117,6 +124,7 @@ async function load(name, takeOver) {
     voxels = await Promise.all([fetched("image", Uint16Array), fetched("uncertainty", Uint8Array),
       fetched("automatic", Uint8Array), fetched("regions", Uint16Array)]);
   } catch (problem) {
+    if (answer) closing = Promise.all([closing, close(name, answer.session)]);
     await showWorklist();
     if (problem.status !== 409) return tell(problem.message);
     return ask(problem.message, { "Take over": () => openCase(name, true), "Leave it": () => {} });
@@ -147,11 +155,11 @@ async function load(name, takeOver) {
 async function leaveCase() {
   const queue = open?.queue;
   if (!queue) return true;
-  if (queue.waiting.length) await Promise.race([queue.run(), new Promise((resolve) => setTimeout(resolve, 3000))]);
+  if (queue.waiting.length) await within(queue.run());
   if (open?.queue !== queue) return !open; // left by another way meanwhile
   const unsaved = queue.waiting.length;
   if (unsaved && !(await confirmed(`${unsaved} actions are not saved yet.`, "Leave without them"))) return false;
-  closing = queue.end();
+  closing = Promise.all([closing, queue.end()]);
   open = null;
   return true;
 }
