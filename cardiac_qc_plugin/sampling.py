@@ -27,7 +27,8 @@ __all__ = [
 convolution_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 # multiplying, rounding and converting instead takes five times as long
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
-SMALLEST = 16  # channels in and out from which on 8-bit integers pay
+SMALLEST = 16  # channels in and out from which on 8-bit integers pay, with AVX512-VNNI instructions
+SMALLEST_WITHOUT_VNNI = 64  # the kernels are coarser there
 _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "ByteDropout")
 
 
@@ -278,7 +279,8 @@ class _Convolution(nn.Module):
 
     def _takes_integers(self) -> bool:
         """Whether it is computed in 8-bit integers; not where two such convolutions take as long as one in fp32."""
-        large = min(self.weight.shape[:2]) >= SMALLEST and self.geometry[2] == 1
+        smallest = SMALLEST if adds_in_32_bits() else SMALLEST_WITHOUT_VNNI
+        large = min(self.weight.shape[:2]) >= smallest and self.geometry[2] == 1
         pays = adds_in_32_bits() or not self.slope
         return large and pays and self.state.integers and self.onednn and not self.exact
 
@@ -640,6 +642,9 @@ class FusedNetwork:
         self.state.integers = self.precision == "int8"
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.network = _fuse(copy.deepcopy(network, {id(t): t for t in tensors}).eval(), self.state, dtype)
+        convolutions = [module for module in self.network.modules() if isinstance(module, _Convolution)]
+        if self.state.integers and not any(convolution._takes_integers() for convolution in convolutions):
+            self.precision = "fp32"
 
     def begin(self) -> None:
         """Forget all of earlier images: nothing of what follows depends on them, to the last bit."""
