@@ -7,8 +7,9 @@ inferer: the whole field, and the heart's region, which is the bundles' default.
 224 x 224 x 10, T = 10. Networks without trained weights get seeded random ones; as they find no heart, their region is
 the one that the DRN finds.
 
-The ceiling is this machine's own rate of a 3x3 convolution, in the precision that the inferer computes in, measured
-in turns with the rest; the share is the time that the (T + 1) passes would take at that rate, over the time that they
+The ceiling is this machine's own rate of a 3x3 convolution, in the precision that the inferer reports for the network,
+measured in turns with the rest (8-bit integers, of which a part is in fp32, are no ceiling that a U-net could reach
+without AVX512-VNNI); the share is the time that the (T + 1) passes would take at that rate, over the time that they
 took. Peak memory is that of a process that does nothing else. The maps are compared with an estimate from 200 textbook
 samples.
 """
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cardiac_qc_plugin import inferers
 from cardiac_qc_plugin.inferers import MCDropoutSliceInferer, heart_window
-from cardiac_qc_plugin.sampling import precision
+from cardiac_qc_plugin.sampling import FusedNetwork
 from cardiac_qc_plugin.transforms.uncertainty import bayesian_map
 
 SAMPLES = 10
@@ -122,7 +123,6 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
     place, clock = torch.device(device), measure.clock(cpu_time)
     rates = measure.ceilings(place, clock)
     print(measure.describe(place, rates))
-    ceiling, operations = measure.convolution(place, precision(place))
     volume = measure.phantom(slices=2 if quick else 10).to(place)
     part = volume[:, :, 32:192, 32:192, volume.shape[-1] // 2][..., None]
     drn = measure.load_network("drn").to(place)
@@ -131,9 +131,11 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
     for name in networks:
         network = measure.load_network(name).to(place)
         textbook_network = measure.load_network(name).to(place)
+        kind = FusedNetwork(network, amp=True).precision
+        ceiling, operations = measure.convolution(place, kind)
         calls = methods(network, volume)
         calls["textbook"] = methods(textbook_network, volume)["textbook"]
-        calls["ceiling"] = lambda: [ceiling() for _ in range(20)] and synchronize()
+        calls["ceiling"] = lambda ceiling=ceiling: [ceiling() for _ in range(20)] and synchronize()
         network = network.to(memory_format=torch.channels_last)
         inferers.heart_window = lambda *_: windows[0]
         for call in methods(network, volume[..., :1]).values():  # warm up
@@ -148,7 +150,7 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
         for key, value in seconds.items():
             cells = [f"{ratio[key]:.1f}", f"{share[key]:.0%}" if key in share else "", f"{peak.get(key, np.nan):.2f}"]
             rows.append([f"{name} {key}", f"{value:.2f}", *cells])
-        rows.append([f"{name} ceiling: {rate / 1e9:.0f} GFLOP/s", "", "", "", ""])
+        rows.append([f"{name} ceiling: {rate / 1e9:.0f} GFLOP/s in {kind}", "", "", "", ""])
         inferers.heart_window = lambda *_: windows[1]
         compared = agreement(network, part, 40 if quick else 200)
         trained = "" if measure.has_weights(name) else " (random weights)"
@@ -160,6 +162,7 @@ def main(json: Path | None, quick: bool, device: str, networks: list[str], repea
             "seconds": seconds["whole"],
             "ceiling_share": share["whole"],
             "ceiling_gflops": rate / 1e9,
+            "precision": kind,
             "heart": {"speedup": ratio["heart"], "seconds": seconds["heart"], "ceiling_share": share["heart"]},
             "textbook_seconds": seconds["textbook"],
             "peak_gib": peak,
