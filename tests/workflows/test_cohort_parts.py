@@ -13,7 +13,7 @@ from cardiac_qc_plugin.data.inputs import find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.workflows.cohort.engine import causes
 from cardiac_qc_plugin.workflows.cohort.journal import Journal
-from cardiac_qc_plugin.workflows.cohort.pool import Cluster, Died, WorkerPool
+from cardiac_qc_plugin.workflows.cohort.pool import Cluster, Died, WorkerPool, first_line
 from cardiac_qc_plugin.workflows.cohort.store import FolderStore, UrlStore, open_store
 from cardiac_qc_plugin.workflows.files import OutputError, write_json, write_text
 from cardiac_qc_plugin.workflows.reproduction.on_ray import carry_out_on_ray
@@ -242,6 +242,23 @@ def test_workers_and_a_node_die(nodes, tmp_path):
     tried = (tmp_path / "5.log").read_text().split()
     assert len(tried) >= 2 and tried[0] != tried[1]
     assert "exit" in ended[40].reason and "\n" not in ended[40].reason
+
+
+def test_reason_of_a_broken_connection(nodes):
+    """Ray may say at first that a dead worker is unavailable; the reason is what it says when it knows."""
+    import ray
+
+    def die():
+        return lambda task: os.kill(os.getpid(), 9)
+
+    pool = WorkerPool(ray, die, Cluster(workers=1))
+    (worker,) = pool.workers
+    ray.get(worker.actor.load.remote(pool.make))
+    broken = ray.exceptions.ActorUnavailableError("Socket closed", None)
+    assert pool.death(worker, broken) is broken  # it lives: only the connection broke
+    worker.actor.do.remote(None)
+    assert "exit" in first_line(pool.death(worker, broken))
+    pool.close()
 
 
 def test_workers_that_cannot_load(nodes):

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ __all__ = ["Cluster", "Died", "WorkerPool", "connected"]
 
 Work = Callable[[Any], Any]
 STARTS = 5  # workers that may die one after another before any is ready
+PATIENCE = 10.0  # seconds in which Ray finds out why a worker is gone
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class WorkerPool:
                 if task is None:
                     raise result from None
             except self.ray.exceptions.RayError as error:
-                result = Died(worker.node, first_line(error))
+                result = Died(worker.node, first_line(self.death(worker, error)))
                 self.end(worker)
                 self.failed_starts += task is None
                 if self.failed_starts == STARTS:
@@ -226,6 +228,21 @@ class WorkerPool:
                 yield task.key, result
             elif not isinstance(result, Died):
                 worker.node, self.failed_starts = result, 0
+
+    def death(self, worker: Worker, error: Exception) -> Exception:
+        """What Ray says of a worker that is gone, which it may learn later than that its connection broke."""
+        unavailable = self.ray.exceptions.ActorUnavailableError
+        deadline = time.monotonic() + PATIENCE
+        while isinstance(error, unavailable) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            try:
+                self.ray.get(worker.actor.__ray_ready__.remote(), timeout=PATIENCE)
+                break
+            except self.ray.exceptions.GetTimeoutError:
+                break
+            except self.ray.exceptions.RayError as later:
+                error = later
+        return error
 
     def give(self, worker: Worker, source: Iterator[Task], again: deque[Task]) -> bool:
         """Give a worker a task that failed elsewhere, or on all nodes; else a new one. False if there is none."""
