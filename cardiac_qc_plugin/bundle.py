@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, SaveImage, SaveImaged, Transform
 
 from .checkpoints import check_version, detector_file, load_weights
+from .data.predictions import MAP_FILES
 
 __all__ = [
     "BundlePredictor",
@@ -25,7 +26,6 @@ __all__ = [
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 NETWORKS = ("drn", "dn", "unet")
-MAPS = ("bmap", "emap")
 
 
 def find_bundle(name: str, root: str | Path | None = None) -> Path:
@@ -218,7 +218,7 @@ def load_segmenter(
     """
     if model not in NETWORKS:
         raise ValueError(f"The model is dn, drn or unet, got '{model}'.")
-    if map not in MAPS:
+    if map not in MAP_FILES:
         raise ValueError(f"The map is bmap or emap, got '{map}'.")
     return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, map=map, samples=samples)
 
@@ -248,7 +248,7 @@ def load_models(
 
 def find_detectors(folder: Path) -> list[tuple[str, str]]:
     """Network and map of each detector whose weights are in the failure bundle, the bundle's default first."""
-    detectors = [(network, map) for network in NETWORKS for map in MAPS]
+    detectors = [(network, map) for network in NETWORKS for map in MAP_FILES]
     return [detector for detector in detectors if (folder / "models" / detector_file(*detector)).is_file()]
 
 
