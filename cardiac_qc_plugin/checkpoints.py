@@ -70,7 +70,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     if wrong:
         raise ValueError(
             f"{path}: these weights belong to another network than {type(network).__name__}: {len(wrong)} of "
-            f"{len(expected)} entries differ, '{wrong[0]}' first. Check network_def against the bundle they came from."
+            f"{len(expected | found)} entries differ, '{wrong[0]}' first. "
+            "Check network_def against the bundle they came from."
         )
     network.load_state_dict(state)
     return network
@@ -90,8 +91,10 @@ def epoch_length(iterations: int, snapshots: int = 0, longest: int = 250) -> int
         longest: an epoch has no more than this.
 
     Raises:
-        ValueError: if only a few iterations would do, so that most of the time went into checkpoints.
+        ValueError: if there are none, or if only a few would do, so that most of the time went into checkpoints.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations has to be 1 or more, got {iterations}.")
     part = iterations // max(snapshots, 1)
     length = max((n for n in range(1, min(longest, part) + 1) if part % n == 0), default=0)
     if length < min(part, 20):

@@ -107,7 +107,9 @@ class MCDropoutSliceInferer(Inferer):
         if samples < 0:
             raise ValueError(f"samples has to be 0 or more, got {samples}.")
         if prediction not in ("mean", "deterministic"):
-            raise ValueError(f"prediction is 'mean' or 'deterministic', got '{prediction}'.")
+            raise ValueError(
+                f"prediction is 'mean' (in a bundle: map bmap) or 'deterministic' (emap), got '{prediction}'."
+            )
         if region not in ("heart", "whole"):
             raise ValueError(f"region is 'heart' or 'whole', got '{region}'.")
         self.samples = samples

@@ -492,7 +492,7 @@ def auto3dseg(
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     scans = find_scans(input) if input else []
-    scores = auto3dseg_workflow(datalist, root, output, algos, num_fold, bundle_dir, settings)
+    scores = auto3dseg_workflow(datalist, root, output, algos, num_fold, bundle_dir, settings, bool(scans))
     print("\nMean Dice coefficient on the fold left out:")
     for name, dice in scores.items():
         print(f"  {name}: {dice:.3f}")

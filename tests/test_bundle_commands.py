@@ -225,6 +225,8 @@ def test_mistakes_get_one_line(data, tmp_path):
     assert "none.json: cannot be read as a datalist" in message
     message = refusal(FAILURE, "train", **training | {"predictions_dir": str(tmp_path), "patch_size": 40})
     assert "segmentation.nii.gz is missing. Segment the images first" in message
+    assert "iterations has to be 1 or more" in refusal(DN, "train", **training | {"iterations": 0})
+    assert "(emap), got 'cmap'" in refusal(DRN, "infer", dataset_dir=str(data / "acdc"), map="cmap", samples=2)
     assert not list(tmp_path.iterdir())
 
 

@@ -368,6 +368,16 @@ def test_settings_are_shown_once_per_kind(tmp_path):
     assert settings.index("2 cases") < settings.index("b-map") < settings.index("e-map")
 
 
+def test_promise_is_among_the_settings(tmp_path):
+    folder = make_case(tmp_path)
+    qc = read_qc(folder)
+    assert "Promise" not in report(tmp_path, [folder]).text
+    write_json(folder / "qc.json", qc | {"promise": {"kind": "catch", "target": 0.8, "probability": None}})
+    assert "80 % of a patient's failure voxels are caught" in report(tmp_path, [folder]).text.replace("’", "'")
+    write_json(folder / "qc.json", qc | {"promise": {"kind": "regions_per_patient", "target": 5, "probability": 0.9}})
+    assert "at most 5 regions, in 90 % of patients" in report(tmp_path, [folder]).text
+
+
 def test_failures_alone(tmp_path):
     page = report(tmp_path, [], [("scan7", "scan7.nii.gz: the file is damaged.")])
     assert "cases 0" in page.text and "not processed 1" in page.text

@@ -70,7 +70,8 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
         "group"}}, ...]}`` with paths relative to ``root``.
 
     Raises:
-        ValueError: if the folder holds no patient, a listed frame is missing, or a setting is unknown.
+        ValueError: if the folder holds no patient, or fewer than folds, a listed frame is missing, or a setting is
+            unknown.
     """
     root = Path(root)
     if folds < 2 or split not in ("stratified", "released_code") or (split == "released_code" and folds != 4):
@@ -95,6 +96,8 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
                     raise ValueError(f"{root / path} is missing, but {patient}/Info.cfg lists it as {phase}.")
             # nested, because MONAI's datafold_read takes every string of an item for a path
             items.append({**item, "meta": {"patient": patient, "phase": phase, "group": info["Group"]}})
+    if len(infos) < folds:
+        raise ValueError(f"{root}: {len(infos)} patients cannot be put into {folds} folds. Choose fewer (--folds).")
     return {
         "name": "ACDC training set",
         "reference": "Bernard et al., IEEE TMI 37(11), 2018, doi 10.1109/TMI.2018.2837502",

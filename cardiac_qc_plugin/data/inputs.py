@@ -60,9 +60,14 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
         path, root, fold: see :func:`input_files`.
 
     Raises:
-        ValueError: if nothing is there, or no file in it is a scan.
+        ValueError: if nothing is there, no file in it is a scan, or no file of a list is there.
     """
     files = list(input_files(path, root, fold))
+    if Path(path).suffix in READERS and not any(file.path.is_file() for file in files):
+        raise ValueError(
+            f"{path}: of its {len(files)} files none is there, the first would be {files[0].path}. "
+            "Give the folder that its paths are relative to (--root)."
+        )
     counts = Counter(file.name for file in files)
     scans = []
     for file in files:

@@ -1,6 +1,7 @@
 """Datalist items: the scans of a folder, and the files that a segmentation left behind."""
 
 import json
+import re
 from collections.abc import Sequence
 from glob import escape, glob
 from pathlib import Path
@@ -39,7 +40,9 @@ def scan_items(folder: str | Path) -> list[dict[str, str]]:
     return [{"image": path} for path in paths]
 
 
-def with_predictions(items: Sequence[dict], predictions_dir: str | Path | Sequence[str | Path], map: str) -> list[dict]:
+def with_predictions(
+    items: Sequence[dict], predictions_dir: str | Path | Sequence[str | Path], map: str, model: str
+) -> list[dict]:
     """Add ``segmentation`` and ``uncertainty`` files to datalist items.
 
     Args:
@@ -47,10 +50,11 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path | Sequen
         predictions_dir: output folder of a segmentation run over these images, or several that have them between them
             (the folds of a cross-validation).
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
+        model: the network that segmented the images, ``"drn"`` for ``cardiac_drn_segmentation``.
 
     Raises:
-        ValueError: for an unknown map, if a file is missing, or if the segmentation was made to go with the other map
-            or with too few samples for a b-map; the message names the file.
+        ValueError: for an unknown map, if a file is missing, or if the segmentation was made by the bundle of another
+            network, to go with the other map, or with too few samples for a b-map; the message names the file.
     """
     if map not in MAP_FILES:
         raise ValueError(f"Unknown uncertainty map '{map}': choose one of {sorted(MAP_FILES)}.")
@@ -67,16 +71,22 @@ def with_predictions(items: Sequence[dict], predictions_dir: str | Path | Sequen
                     f"{path} is missing. Segment the images first: "
                     f"python scripts/pipeline.py segment --input ... --output {folder.parent}"
                 )
-        check_made_for(folder / "qc.json", map)
+        check_made_for(folder / "qc.json", map, model)
         result.append({**item, **{key: str(path) for key, path in files.items()}})
     return result
 
 
-def check_made_for(record: Path, map: str) -> None:
-    """Refuse predictions whose record says that their segmentation does not go with the map."""
+def check_made_for(record: Path, map: str, model: str) -> None:
+    """Refuse predictions whose record says that they are of another network, or do not go with the map."""
     if not record.is_file():
         return
     made = json.loads(record.read_text())["segmentation"]
+    bundle = re.fullmatch(r"cardiac_(.+)_segmentation", made.get("bundle", ""))
+    if bundle and bundle[1] != model:
+        raise ValueError(
+            f"{record}: segmented by the {bundle[1]}, and a detector belongs to one network. Give its maps to "
+            f"--segmentation_model {bundle[1]}, or maps of the {model}."
+        )
     if made["map"] != map or (map == "bmap" and made["samples"] < 2):
         raise ValueError(
             f"{record}: segmented for the {made['map']} with {made['samples']} samples, which does not go with the "

@@ -221,7 +221,9 @@ def slice_levels(labels: np.ndarray) -> list[str]:
     return [("basal", "mid", "apical")[level] for level in third]
 
 
-def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+def sample_interval(
+    value: float, samples: ArrayLike, level: float = 0.95, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> tuple[float, float]:
     """Interval around an index from the same index of Monte Carlo samples.
 
     ``value`` plus and minus Student's quantile for T - 1 degrees of freedom times the samples' standard deviation
@@ -232,6 +234,7 @@ def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tu
         value: the index of the reported segmentation.
         samples: shape (T,), the index of each sample.
         level: of the interval.
+        bounds: least and largest possible value, where the interval ends at the latest.
 
     Returns:
         Lower and upper end; nan with fewer than two samples or where a sample has no such index.
@@ -240,7 +243,7 @@ def sample_interval(value: float, samples: ArrayLike, level: float = 0.95) -> tu
     if samples.size < 2:
         return float("nan"), float("nan")
     half = float(student_t.ppf((1 + level) / 2, samples.size - 1) * samples.std(ddof=1))
-    return value - half, value + half
+    return max(value - half, bounds[0]), min(value + half, bounds[1])
 
 
 def agreement(automatic: ArrayLike, reference: ArrayLike) -> Agreement:

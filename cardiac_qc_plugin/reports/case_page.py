@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cardiac_qc_plugin.workflows.files import read_json, write_text
 from .pages import made_with, render
 from .pictures import GRID, draw_sheet
 
-__all__ = ["PAGE", "case_settings", "implausible", "read_record", "update_case", "write_case"]
+__all__ = ["PAGE", "case_settings", "implausible", "promised", "read_record", "update_case", "write_case"]
 
 PAGE = "report.html"
 RECORD = re.compile(r'<script type="application/json" id="record">(.*?)</script>', re.DOTALL)
@@ -100,7 +101,7 @@ def _draw(folder: Path, qc: Mapping[str, Any], made_of: str) -> str:
             region["line"] = _line_width(region["probability"], detection["threshold"])
     samples = segmentation.get("sample_volume_ml", {})
     intervals = {
-        name: sample_interval(ml, samples[name])
+        name: sample_interval(ml, samples[name], bounds=(0.0, inf))
         for name, ml in segmentation["volume_ml"].items()
         if len(samples.get(name, ())) > 1
     }
@@ -147,8 +148,16 @@ def case_settings(qc: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         ("Monte Carlo samples", f"{segmentation['samples']} (seed {segmentation['seed']})"),
         ("Region", f"{detection['region_size']} × {detection['region_size']} pixels"),
         ("Operating point", f"flagged from probability {detection['threshold']:.3g}"),
+        *([("Promise", promised(qc["promise"]))] if qc.get("promise") else []),
         ("Software", ", ".join(f"{name} {version}" for name, version in qc["versions"].items())),
     )
+
+
+def promised(promise: Mapping[str, Any]) -> str:
+    """What a threshold was chosen for, by ``promise`` of a case's ``qc.json``."""
+    if promise["kind"] == "catch":
+        return f"{100 * promise['target']:g} % of a patient's failure voxels are caught, on average"
+    return f"at most {promise['target']:g} regions, in {100 * promise['probability']:g} % of patients"
 
 
 def _bundle(stage: Mapping[str, Any]) -> str:

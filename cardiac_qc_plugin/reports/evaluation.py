@@ -229,7 +229,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int, scale: float = 1) -> str:
-    return "–" if value is None else f"{scale * value:.{digits}f}"
+    return "–" if value is None else f"{round(scale * value, digits) + 0.0:.{digits}f}"  # no -0
 
 
 def _spread(entry: Mapping[str, float | None], digits: int) -> str:

@@ -1,9 +1,11 @@
-"""Text of a calibration: what can be promised, and how promises were kept."""
+"""Promises in words: what can be promised, and how promises were kept."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from cardiac_qc_plugin.reports.evaluation import NAMES, number, table
+from .case_page import promised
+from .evaluation import NAMES, number, table
 
 __all__ = ["calibration_text", "promise_text"]
 
@@ -19,9 +21,7 @@ def promise_text(promise: Any) -> str:
         f"({promise.source}) that caught {100 * promise.caught:.1f} % of the failure voxels with "
         f"{promise.regions_per_patient:.1f} regions per patient."
     )
-    if promise.kind == "catch":
-        return f"Promise: {100 * promise.target:g} % of a patient's failure voxels, on average; {found}"
-    return f"Promise: at most {promise.target:g} regions, in {100 * promise.probability:g} % of patients; {found}"
+    return f"Promise: {promised(asdict(promise))}; {found}"
 
 
 def calibration_text(

@@ -93,7 +93,7 @@ def number(value: float | None, digits: int) -> str:
 
 def spread(mean: float | None, sd: float | None, digits: int, sd_digits: int | None = None) -> str:
     """Mean ± standard deviation, with as many digits unless the paper has fewer; empty where there is no mean."""
-    return f"{number(mean, digits)} ± {number(sd, sd_digits or digits)}" if number(mean, digits) else ""
+    return f"{number(mean, digits)} ± {number(sd, sd_digits or digits) or '–'}" if number(mean, digits) else ""
 
 
 def marks(row: Row) -> str:
@@ -141,7 +141,7 @@ def clinical_text(rows: Sequence[Row]) -> str:
         name = first["model"] + (f", corrected by {first['corrected_with']}" if first["corrected_with"] else "")
         for who, prefix in (("ours", ""), ("paper", "paper_")):
             texts = [
-                f"{number(c[prefix + 'r'], 3)}; {spread(c[prefix + 'bias'], c[prefix + 'sd'], 1)}; "
+                f"{number(c[prefix + 'r'], 3) or '–'}; {spread(c[prefix + 'bias'], c[prefix + 'sd'], 1)}; "
                 f"{number(c[prefix + 'mae'], 1)}" + (marks(c) if who == "ours" else "")
                 if number(c[prefix + "bias"], 1)
                 else ""

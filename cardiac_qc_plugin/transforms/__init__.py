@@ -15,7 +15,7 @@ from .regions import (
     region_labels,
     uncrop_slice,
 )
-from .spatial import CheckScan, CheckScand, InPlaneSpacingd
+from .spatial import CheckScan, CheckScand, InPlaneSpacingd, LoadScand
 from .uncertainty import (
     BayesianMap,
     BayesianMapd,
@@ -40,6 +40,7 @@ __all__ = [
     "FailureLabeld",
     "FlagRegionsd",
     "InPlaneSpacingd",
+    "LoadScand",
     "PairwiseDiced",
     "PredictiveEntropy",
     "PredictiveEntropyd",

@@ -1,14 +1,14 @@
-"""Checks of a scan as it was read, and the network's in-plane spacing with an exact way back."""
+"""Reading of a scan with checks, and the network's in-plane spacing with an exact way back."""
 
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform, Spacingd, Transform
+from monai.data import ImageReader, MetaTensor
+from monai.transforms import LoadImaged, MapTransform, Spacingd, Transform
 
-__all__ = ["CheckScan", "CheckScand", "InPlaneSpacingd", "check_spacing", "spacing_of"]
+__all__ = ["CheckScan", "CheckScand", "InPlaneSpacingd", "LoadScand", "check_spacing", "spacing_of"]
 
 
 def check_spacing(spacing: Sequence[float], name: str) -> None:
@@ -34,6 +34,43 @@ def check_spacing(spacing: Sequence[float], name: str) -> None:
 def spacing_of(image: MetaTensor) -> tuple[float, float, float]:
     """Voxel size in mm of (row, column, slice) of a channel-first ``(C, H, W, D)`` image, from its affine."""
     return tuple(float(norm) for norm in image.affine[:3, :3].norm(dim=0))
+
+
+class LoadScand(LoadImaged):
+    """:class:`monai.transforms.LoadImaged` that names the file which it cannot read, or which has another shape.
+
+    Args:
+        keys: files of a case; they become ``MetaTensor``.
+        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file.
+        allow_missing_keys: leave out files that are not there.
+
+    Raises:
+        ValueError: for a file that is damaged or no image, or of another shape.
+    """
+
+    def __init__(self, keys: KeysCollection, like: str | None = None, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys=allow_missing_keys)
+        self.like = like
+
+    def __call__(self, data: Mapping[Hashable, str], reader: ImageReader | None = None) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            path = d[key]
+            try:
+                d[key] = self._loader(path, reader)
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(
+                    f"{path}: the file is truncated or damaged, or no image ({type(error).__name__}: {reason})."
+                ) from error
+            if self.like is not None:
+                shape, wanted = (tuple(map(int, d[k].meta["spatial_shape"])) for k in (key, self.like))
+                if shape != wanted:
+                    raise ValueError(
+                        f"{path}: shape {shape}, but {d[self.like].meta['filename_or_obj']} has {wanted}. Give the "
+                        f"{key} of this scan, on its own grid."
+                    )
+        return d
 
 
 class CheckScan(Transform):

@@ -76,6 +76,7 @@ def auto3dseg(
     num_fold: int | None = None,
     bundle_dir: str | Path | None = None,
     settings: dict[str, Any] | None = None,
+    ensemble: bool = False,
 ) -> dict[str, float]:
     """Run AutoRunner: data analysis, and training and scoring of each algorithm on each fold.
 
@@ -89,6 +90,7 @@ def auto3dseg(
         num_fold: train the first folds only, so many; all by default.
         bundle_dir: folder of the bundles, instead of the repository's.
         settings: entries of the bundles' configs to replace.
+        ensemble: whether an ensemble will be made of the folds.
 
     Returns:
         Mean Dice coefficient of each algorithm and fold (``bayesdn_0``) on the fold's scans.
@@ -101,6 +103,8 @@ def auto3dseg(
     num_fold = folds if num_fold is None else num_fold
     if not 1 <= num_fold <= folds:
         raise ValueError(f"{datalist} has {folds} folds, so num_fold is 1 to {folds}; got {num_fold}.")
+    if ensemble and num_fold == 1:
+        raise ValueError("An ensemble needs two folds or more: give another --num_fold, or no --input.")
     for name in names:
         split_settings(find_bundle(template_parameters(name)["bundle"], bundle_dir), settings)
     output = Path(output)

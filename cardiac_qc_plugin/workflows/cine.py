@@ -262,8 +262,18 @@ def index_intervals(
         named_indices(*({name: volumes[t] for name, volumes in phase.items()} for phase in (ed, es)), area)
         for t in range(count)
     ]
-    ends = {name: sample_interval(value, [one[name] for one in drawn]) for name, value in indices.items()}
+    ends = {
+        name: sample_interval(value, [one[name] for one in drawn], bounds=possible(name))
+        for name, value in indices.items()
+    }
     return {name: [round(end, 2) for end in pair] for name, pair in ends.items() if np.isfinite(pair).all()}
+
+
+def possible(index: str) -> tuple[float, float]:
+    """Least and largest possible value of an index; with another end-systole than the heart's, blood may flow back."""
+    if "_sv" in index or "_ef" in index:
+        return -np.inf, 100.0 if "_ef" in index else np.inf
+    return 0.0, np.inf
 
 
 def find_jumps(cine: Cine) -> list[dict[str, Any]]:

@@ -196,6 +196,8 @@ def write_correction(
 def read_flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
     """The map of flagged regions of a case, (H, W, D), and its file."""
     path = folder / REGIONS
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, its failures were not detected. Give the output folder of run.")
     regions = read_volume(path).data
     if regions.shape != segmentation.data.shape:
         raise ValueError(f"{path}: shape {regions.shape}, but the segmentation has {segmentation.data.shape}.")

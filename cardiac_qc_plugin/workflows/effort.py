@@ -152,7 +152,9 @@ def read_case(name: str, folder: Path, references: References, criterion: str, a
     path = references.find(name, folder)
     segmentation = read_labels(folder / "segmentation.nii.gz")
     prediction, reference = segmentation.data, read_reference(path, segmentation)
-    detection = read_json(folder / "qc.json").get("detection", {})
+    detection = read_json(folder / "qc.json").get("detection")
+    if detection is None:
+        raise ValueError(f"{folder / 'qc.json'}: its failures were not detected. Give the output folder of run.")
     if missing := [key for key in ("map", "boxes", "region_size") if key not in detection]:
         raise ValueError(f"{folder / 'qc.json'}: its detection lacks {', '.join(missing)}. Run this case again.")
     if len(detection["boxes"]) != prediction.shape[2]:

@@ -1,5 +1,6 @@
 """A trained fold, or any checkpoint of a bundle's training, as a MONAI bundle with these weights."""
 
+import contextlib
 import json
 import math
 import os
@@ -47,7 +48,8 @@ def of_fold(folder: Path) -> Trained:
     fold = Fold(folder)
     score = fold.score()
     overrides = {name: fold.overrides(name) for name in ("train", "inference")}
-    del overrides["train"]["dataset_dir"]  # a place on this machine
+    for place in ("dataset_dir", "pretrained"):  # on this machine
+        overrides["train"].pop(place, None)
     what = f"weights of {folder.resolve().name}, trained by Auto3DSeg, fold {score['fold']} left out"
     return Trained(fold.bundle, fold.bundle / "models" / "model.pt", overrides, score["metrics"], what)
 
@@ -57,6 +59,7 @@ def of_weights(weights: Path, bundle: Path, settings: dict[str, Any]) -> Trained
     what = f"weights of {weights.name}"
     if "fold" in settings:
         what += f", fold {settings['fold']} left out"
+    settings = {name: value for name, value in settings.items() if name != "pretrained"}  # a place on this machine
     return Trained(bundle, weights, split_settings(bundle, settings), {}, what)
 
 
@@ -155,6 +158,8 @@ def fold_to_bundle(
         ValueError: if the source is no trained fold, the weights do not fit the bundle, or the result is there already.
     """
     source = Path(source)
+    if not source.exists():
+        raise ValueError(f"{source}: no such folder or file. Give a trained fold's folder, or a file of weights.")
     if source.is_dir():
         trained, root, datalist = of_fold(source), None, None  # it brings its score and its datalist
     elif bundle in SEGMENTATION:
@@ -172,6 +177,11 @@ def fold_to_bundle(
         metrics = trained.metrics if root is None else measure(part, root)
         note_weights(part, version, trained.what, metrics)
         part.rename(folder)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(part), str(folder))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if not folder.exists():
+            with contextlib.suppress(OSError):  # not empty
+                folder.parent.rmdir()
     return folder

@@ -168,7 +168,14 @@ def read_reference(path: Path, prediction: Volume) -> np.ndarray:
         ValueError: if the file cannot be read, lies on another grid than the prediction, has values other
             than 0-3 or no label at all; the message names it.
     """
-    reference = as_stored(read_labels(path), prediction)
+    try:
+        labels = read_labels(path)
+    except ValueError as error:
+        name = NIFTI.fullmatch(path.name)
+        if name["mark"] or name["stem"] == "segmentation":
+            raise
+        raise ValueError(f"{error} If it is the scan, its labels {name['stem']}_gt.nii.gz are missing.") from error
+    reference = as_stored(labels, prediction)
     if reference.data.shape != prediction.data.shape:
         raise ValueError(
             f"{path}: shape {reference.data.shape}, but the prediction has {prediction.data.shape}. "

@@ -238,7 +238,9 @@ def check_bundle(folder, metrics):
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     assert 0 <= metadata["eval_metrics"]["val_mean_dice"] <= 1
     assert metadata["eval_metrics"] == {k: v for k, v in metrics.items() if np.isfinite(v)}
-    assert list(metadata["changelog"])[0] == metadata["version"] == "0.1.1"
+    own = json.loads((ROOT / "bundles" / DN / "configs" / "metadata.json").read_text())["version"]
+    new = f"{own[: own.rindex('.')]}.{int(own.split('.')[2]) + 1}"
+    assert list(metadata["changelog"])[0] == metadata["version"] == new
     schema = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
     if schema.is_file():
         jsonschema.validate(metadata, json.loads(schema.read_text()))
@@ -248,7 +250,7 @@ def check_bundle(folder, metrics):
     network = monai.bundle.load(folder.name, bundle_dir=str(folder.parent), workflow_type="inference", device="cpu")
     weights = torch.load(folder / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(value, weights[key].to(value.dtype)) for key, value in network.state_dict().items())
-    assert f"> **Version 0.1.1**: {metadata['changelog']['0.1.1']}." in (folder / "docs" / "README.md").read_text()
+    assert f"> **Version {new}**: {metadata['changelog'][new]}." in (folder / "docs" / "README.md").read_text()
     return metadata
 
 
@@ -284,12 +286,13 @@ def test_fold_to_bundle_refuses_in_one_line(trained, tmp_path):
         with pytest.raises(ValueError) as error:
             fold_to_bundle(source, tmp_path / "out", **options)
         assert "\n" not in str(error.value)
-        assert not list(tmp_path.rglob("*.pt"))
+        assert not list(tmp_path.iterdir()) and ".part-" not in str(error.value)
         return str(error.value)
 
     weights = trained / "out" / "bayesdn_0" / DN / "models" / "model.pt"
     assert "no such file. Give a folder that Auto3DSeg generated" in refusal(trained / "data")
     assert "which bundle do these weights belong to?" in refusal(weights)
+    assert "none: no such folder or file" in refusal(tmp_path / "none")
     assert "belong to another network" in refusal(weights, bundle="cardiac_unet_segmentation")
     assert "no such file" in refusal(tmp_path / "none.pt", bundle=DN)
     assert "version 0.1.0 is in its changelog already" in refusal(weights, bundle=DN, version="0.1.0")
@@ -314,6 +317,7 @@ def test_bad_requests_are_refused_in_one_line(data, tmp_path):
     missing = [{**items[0], "label": "patient001/none.nii.gz"}, *items[1:]]
     assert refusal({"training": missing}).startswith(f"{data}/data/patient001/none.nii.gz: no such file, but ")
     assert "has 2 folds, so num_fold is 1 to 2; got 3" in refusal(num_fold=3)
+    assert "two folds or more: give another --num_fold" in refusal(num_fold=1, ensemble=True)
     gap = [{**item, "fold": 2 * item["fold"]} for item in items]
     assert "without gaps, two or more; got [0, 2]" in refusal({"training": gap})
     assert "has to list items with image, label and fold" in refusal({"training": [{"image": "a.nii.gz"}]})

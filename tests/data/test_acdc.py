@@ -164,6 +164,14 @@ def test_missing_frame(name, tmp_path):
         acdc_datalist(tmp_path)
 
 
+def test_fewer_patients_than_folds(tmp_path):
+    for number in (1, 2):
+        add_patient(tmp_path, number)
+    assert {item["fold"] for item in acdc_datalist(tmp_path, folds=2)["training"]} == {0, 1}
+    with pytest.raises(ValueError, match="2 patients cannot be put into 3 folds"):
+        acdc_datalist(tmp_path, folds=3)
+
+
 def test_patient_without_info(tmp_path):
     """It must not just be left out."""
     for number in (1, 2):

@@ -119,8 +119,14 @@ def test_predictions_of_images_that_are_named_by_their_folder(tmp_path):
     for name in ("segmentation.nii.gz", "entropy.nii.gz"):
         (tmp_path / "p1_sax").mkdir(exist_ok=True)
         (tmp_path / "p1_sax" / name).touch()
-    (item,) = with_predictions([{"image": "/data/p1/sax.nii.gz"}], tmp_path, "emap")
+    (item,) = with_predictions([{"image": "/data/p1/sax.nii.gz"}], tmp_path, "emap", "drn")
     assert item["segmentation"] == str(tmp_path / "p1_sax" / "segmentation.nii.gz")
+
+
+def test_hold_out_of_few_patients():
+    items = [{"image": p, "meta": {"patient": p, "group": "NOR"}} for p in ("a", "b")]
+    with pytest.raises(ValueError, match="takes 3 patients or more; got 2"):
+        hold_out(items)
 
 
 def test_hold_out_keeps_patients_together_and_groups_balanced():
@@ -151,15 +157,29 @@ def test_predictions_for_the_other_map(tmp_path):
     for name in ("segmentation", "bayesian", "entropy"):
         (folder / f"{name}.nii.gz").write_text("")
     items = [{"image": "x/case1.nii.gz"}]
-    assert with_predictions(items, tmp_path, "emap")[0]["uncertainty"].endswith("entropy.nii.gz")
+    assert with_predictions(items, tmp_path, "emap", "drn")[0]["uncertainty"].endswith("entropy.nii.gz")
     (folder / "qc.json").write_text(json.dumps({"segmentation": {"map": "bmap", "samples": 10}}))
     with pytest.raises(ValueError, match="segmented for the bmap"):
-        with_predictions(items, tmp_path, "emap")
-    assert with_predictions(items, tmp_path, "bmap")
+        with_predictions(items, tmp_path, "emap", "drn")
+    assert with_predictions(items, tmp_path, "bmap", "drn")
+    made = {"map": "bmap", "samples": 10, "bundle": "cardiac_drn_segmentation"}
+    (folder / "qc.json").write_text(json.dumps({"segmentation": made}))
+    assert with_predictions(items, tmp_path, "bmap", "drn")
+    with pytest.raises(ValueError, match="segmented by the drn, .* or maps of the dn"):
+        with_predictions(items, tmp_path, "bmap", "dn")
+
+
+def test_lists_whose_files_lie_elsewhere(tmp_path):
+    (tmp_path / "list.json").write_text('{"training": [{"image": "p/a.nii.gz"}, {"image": "p/b.nii.gz"}]}')
+    with pytest.raises(ValueError, match=r"list\.json: of its 2 files none is there, .*p/a\.nii\.gz.*--root"):
+        find_scans(tmp_path / "list.json")
+    (tmp_path / "data" / "p").mkdir(parents=True)
+    (tmp_path / "data" / "p" / "b.nii.gz").touch()
+    assert len(find_scans(tmp_path / "list.json", tmp_path / "data")) == 2  # the other is named where it is read
 
 
 def test_predictions_that_are_missing(tmp_path):
     with pytest.raises(ValueError, match=r"case1.*segmentation\.nii\.gz is missing"):
-        with_predictions([{"image": "x/case1.nii.gz"}], tmp_path, "bmap")
+        with_predictions([{"image": "x/case1.nii.gz"}], tmp_path, "bmap", "drn")
     with pytest.raises(ValueError, match="Unknown uncertainty map 'std'"):
-        with_predictions([], tmp_path, "std")
+        with_predictions([], tmp_path, "std", "drn")

@@ -70,6 +70,7 @@ def test_interval_is_students():
     low, high = sample_interval(50, samples)
     expected = stats.t.interval(0.95, 4, loc=50, scale=samples.std(ddof=1))
     assert (low, high) == pytest.approx(expected)
+    assert sample_interval(50, samples, bounds=(0.99 * low + 0.5, 50)) == pytest.approx((0.99 * low + 0.5, 50))
     assert np.isnan(sample_interval(50, [40])).all() and np.isnan(sample_interval(50, [40, np.nan])).all()
 
 

@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
 from scipy.spatial.transform import Rotation
 
-from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd
+from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand
 from cardiac_qc_plugin.transforms.spatial import check_spacing, spacing_of
 
 READ = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
@@ -55,6 +55,33 @@ def test_acdc_is_read_with_its_voxel_size(acdc_dir):
     assert not np.allclose(np.abs(np.diag(nib.load(path).affine))[:3], expected)
     scan = CheckScand("image")(READ({"image": str(path)}))["image"]
     np.testing.assert_allclose(spacing_of(scan), expected, rtol=1e-6)
+
+
+def test_loads_as_monai_does(tmp_path):
+    paths = {"image": write(tmp_path / "a.nii.gz"), "label": write(tmp_path / "b.nii.gz"), "case": "a"}
+    keys = ["image", "label"]
+    loaded, expected = LoadScand(keys, like="image")(paths), LoadImaged(keys)(paths)
+    for key in keys:
+        assert torch.equal(loaded[key], expected[key]) and torch.equal(loaded[key].affine, expected[key].affine)
+        assert loaded[key].meta["filename_or_obj"] == paths[key]
+    assert loaded["case"] == "a" and "map" not in LoadScand([*keys, "map"], allow_missing_keys=True)(paths)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "missing"])
+def test_file_that_cannot_be_read_is_named(tmp_path, kind):
+    path = Path(write(tmp_path / "a.nii.gz"))
+    path.unlink() if kind == "missing" else path.write_bytes(path.read_bytes()[:500] if kind == "truncated" else b"x")
+    with pytest.raises(ValueError, match=r"^.*/a\.nii\.gz: the file is truncated or damaged, or no image \(.+\)\.$"):
+        LoadScand("image")({"image": str(path)})
+
+
+def test_file_of_another_shape_is_named(tmp_path):
+    paths = {"image": write(tmp_path / "a.nii.gz"), "label": write(tmp_path / "b.nii.gz", shape=(20, 22, 4))}
+    with pytest.raises(ValueError, match=r"b\.nii\.gz: shape \(20, 22, 4\), but .*a\.nii\.gz has \(20, 22, 5\)"):
+        LoadScand(["image", "label"], like="image")(paths)
+    read = Compose([LoadScand("image"), EnsureChannelFirstd("image"), InPlaneSpacingd("image", 1.0)])
+    with pytest.raises(ValueError, match="Give the label of this scan"):  # the image's own grid, not the network's
+        LoadScand("label", like="image")({**read({"image": paths["image"]}), "label": paths["label"]})
 
 
 def test_spacing_of_an_oblique_scan():

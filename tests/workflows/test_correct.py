@@ -222,7 +222,7 @@ BROKEN = {
     "fraction": r"the label map has the values \[0.5, 1.5\]",
     "empty": "no label at all",
     "missing": "no label file for .*_gt.nii.gz, .*_seg.nii.gz, .*/segmentation.nii.gz",
-    "the scan only": r"the label map has the values \[50, 100, 150\]",
+    "the scan only": r"the label map has the values \[50, 100, 150\].* its labels .*_gt.nii.gz are missing",
     "ambiguous": "2 label files for .*_gt.nii.gz, .*_seg.nii.gz",
     "truncated": "damaged",
     "no image": "not a NIfTI image",
@@ -253,7 +253,9 @@ def test_a_case_without_usable_regions_is_reported(run):
     path.unlink()
     outcome = correct(root / "run", root / "out", reference=root / "acdc")
     assert not list((root / "out" / CASE).iterdir())  # nothing of the earlier run
-    assert outcome.failures == {CASE: f"{path}: no such file."}
+    assert outcome.failures == {
+        CASE: f"{path}: no such file, its failures were not detected. Give the output folder of run."
+    }
     save(path, np.zeros((*SHAPE[:2], 5), np.uint16))
     outcome = correct(root / "run", root / "out", reference=root / "acdc")
     assert outcome.failures[CASE].startswith(f"{path}: shape (96, 96, 5), but the segmentation has")

@@ -223,7 +223,7 @@ def test_killed_in_training_it_ends_with_the_same_weights(settings, world):
 def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, world):
     settings = replace(settings, output=world / "budget", folds=(0,), iterations=3)
     outcome = reproduce(settings, budget_minutes=1e-9)
-    assert "0 stages carried out" in outcome.text and "6 stages remain" in outcome.text and outcome.failures == {}
+    assert "0 stages carried out" in outcome.text and "7 stages remain" in outcome.text and outcome.failures == {}
     assert "  drn_ce/fold0/segmentation" in outcome.text
     stage = Grid(settings).network("drn", "ce", 0)
     with pytest.raises(BudgetSpent):
@@ -371,6 +371,10 @@ def test_detectors_learn_from_out_of_fold_maps_where_all_folds_are_there(setting
         ({"detector_maps": "out_of_fold", "folds": (0,)}, "need the networks of all folds: give --folds 0,1"),
         ({"ablations": ("detector_maps",), "folds": (1,)}, "need the networks of all folds: give --folds 0,1"),
         ({"members": 1}, "--members is 2 or more"),
+        ({"iterations": 0}, "--iterations is 1 or more, got 0"),
+        ({"samples": 1}, "--samples is 2 or more, got 1"),
+        ({"ablations": ("samples",), "losses": ("soft_dice",)}, "--ablations samples needs the bmap of the DRN"),
+        ({"ablations": ("ensemble",), "maps": ("emap",)}, "--ablations ensemble needs the bmap: see --maps"),
         ({"trained": Path("nowhere")}, "--trained nowhere: no such folder, or no model.pt in it"),
     ],
 )

@@ -140,6 +140,15 @@ class Settings:
         if not self.has_all_folds and (self.detector_maps == "out_of_fold" or "detector_maps" in self.ablations):
             listed = ",".join(map(str, self.all_folds))
             raise ValueError(f"Out-of-fold detector maps need the networks of all folds: give --folds {listed}.")
+        for name in ("iterations", "detector_iterations", "samples"):
+            smallest = 2 if name == "samples" and "bmap" in self.maps else 1
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
+                raise ValueError(f"--{name} is {smallest} or more, got {getattr(self, name)}.")
+        for name in ("samples", *MEMBERS):
+            measured = set(TABLE_V) & set(self.combinations) if name == "samples" else self.combinations
+            if name in self.ablations and not (measured and "bmap" in self.maps):
+                of = " of the DRN or the U-net with ce, or the DN with soft_dice" if name == "samples" else ""
+                raise ValueError(f"--ablations {name} needs the bmap{of}: see --maps, --models, --losses.")
         if self.members < 2:
             raise ValueError(f"--members is 2 or more, got {self.members}.")
         if self.trained and not any(self.trained.glob("**/model.pt")):
@@ -331,7 +340,7 @@ class Grid:
         name = f"{self.run_folder(model, loss, map, fold, detector)}/detector"
         folders = [str(source.folder) for source in sources]
         bundle, iterations = self.settings.bundle(DETECTOR), self.settings.detector_iterations
-        return self.training(name, bundle, iterations, own, sources, predictions_dir=folders)
+        return self.training(name, bundle, iterations, own, sources, predictions_dir=folders, segmentation_model=model)
 
     def detection(self, model: str, loss: str, map: str, fold: int, detector: Detector | None = None) -> Stage:
         """Flagged regions of the fold that was left out."""

@@ -48,6 +48,8 @@ def reproduce(
     experiments = grid.over_folds()
     measured = work([e.stage for e in experiments if e.stage], Budget())  # seconds each, and worth having
     write_reproduction(settings.output, experiments, training_budgets(grid))
+    planned = {experiment.stage.name: experiment.stage for experiment in grid.over_folds(planned=True)}
+    progress.remaining += [n for n, stage in planned.items() if not stage.done and n not in measured.failures]
     return finish(progress, measured, settings.output)
 
 
