@@ -196,7 +196,8 @@ class SegmentWithBundled(Transform):
         if present:
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
-            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=self.samples)
+            samples = self.samples if self.map == "bmap" else 0  # the e-map needs none
+            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=samples)
         result = self.predictor({"image": path})
         return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}
 

@@ -331,6 +331,8 @@ class EnsembleSliceInferer(Inferer):
         self.precision: str | None = None
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs) -> torch.Tensor:
+        if inputs.ndim != 5 or inputs.shape[0] != 1:
+            raise ValueError(f"Expected one stack of slices (1, C, H, W, D), got shape {tuple(inputs.shape)}.")
         if not self.networks:
             self.networks = [load_weights(copy.deepcopy(network), path).eval() for path in self.members]
         self.precision = "bf16" if self.amp and reduced_precision(inputs.device) else "fp32"

@@ -14,10 +14,11 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 
-from cardiac_qc_plugin.bundle import MAPS, NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
+from cardiac_qc_plugin.bundle import NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
 from cardiac_qc_plugin.data.phantom import write_acdc_like
+from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.workflows.calibrate import read_calibration
 from cardiac_qc_plugin.workflows.files import file_sha256, read_volume, write_json, write_like
@@ -318,7 +319,10 @@ def test_interrupted_training_resumes(workers, acdc_like, tmp_path, monkeypatch)
     train("cardiac_dn_segmentation", acdc_like, tmp_path, interrupt=3, **overrides)
     other, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path / "other", fold=1, **overrides)
     assert other.parser.get_parsed_content("resume_files") == []
-    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_3")
+    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.003_2_32_3")
+    other.parser["learning_rate"] = 1e-4  # of a training that starts anew
+    other.parser.parse()
+    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.0001_2_32_3")
     workflow, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path, **overrides)
     trainer = workflow.parser.get_parsed_content("train#trainer")
     steps = workflow.parser.get_parsed_content("optimizer").state_dict()["state"][0]["step"]
@@ -453,7 +457,7 @@ def test_each_network_and_map_has_a_detector_of_its_own(name, tmp_path):
     parser.read_config(str(ROOT / "bundles" / "cardiac_segmentation_failure" / "configs" / name))
     files = {}
     for model in NETWORKS:
-        for map in MAPS:
+        for map in MAP_FILES:
             parser.update({"bundle_root": str(tmp_path), "segmentation_model": model, "map": map})
             parser.parse(reset=True)
             files[Path(parser.get_parsed_content("ckpt_path"))] = (model, map)

@@ -254,6 +254,8 @@ def test_members_of_an_ensemble_take_the_place_of_samples(tmp_path):
     areas = np.stack([(most == c).sum(axis=(2, 3)) for c in range(4)], axis=-1)
     np.testing.assert_array_equal(inferer.sample_areas, np.moveaxis(areas, 0, 1))
     assert shares == pytest.approx([1 / 3, 2 / 3, 1])
+    with pytest.raises(ValueError, match=r"one stack of slices .* got shape \(2, 1, 12, 9, 5\)"):
+        inferer(stack(2, 1, 12, 9, 5), network)
     with pytest.raises(ValueError, match="two or more of them, got 1"):
         EnsembleSliceInferer([tmp_path / "0.pt"])
 

@@ -51,7 +51,7 @@ class Plane:
         uid: SOPInstanceUID of the file; digests of file and folder stand in for UIDs that were removed.
         study, series, frame_of_reference: their UIDs.
         series_number, instance: SeriesNumber and InstanceNumber (of a multi-frame file: index of the frame in time).
-        text: SeriesDescription, ProtocolName and ImageType, in one.
+        text: SeriesDescription, ProtocolName, SequenceName and ImageType, in one.
         position: center of the first pixel in mm, LPS.
         orientation: unit vectors along a row and down a column, shape (2, 3), LPS.
         spacing: mm between rows, and between columns.
@@ -290,6 +290,7 @@ def _plane(
     text = "|".join(
         str(header.get(name) or "").replace("|", " ") for name in ("SeriesDescription", "ProtocolName", "SequenceName")
     )
+    kind = header.get("ImageType") or []  # pydicom gives a single value as it is
     return Plane(
         file=file,
         index=index,
@@ -299,7 +300,7 @@ def _plane(
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
         series_number=-1 if (number := _integer(header.get("SeriesNumber"))) is None else number,
         instance=_integer(instance),
-        text="|".join([text, " ".join(header.get("ImageType") or [])]),
+        text="|".join([text, " ".join([kind] if isinstance(kind, str) else kind)]),
         position=numbers["ImagePositionPatient"],
         orientation=axes / lengths[:, None],
         spacing=tuple(numbers["PixelSpacing"].tolist()),

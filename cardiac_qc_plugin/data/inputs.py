@@ -63,7 +63,7 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
         ValueError: if nothing is there, no file in it is a scan, or no file of a list is there.
     """
     files = list(input_files(path, root, fold))
-    if Path(path).suffix in READERS and not any(file.path.is_file() for file in files):
+    if Path(path).suffix in READERS and not any(file.path.exists() for file in files):
         raise ValueError(
             f"{path}: of its {len(files)} files none is there, the first would be {files[0].path}. "
             "Give the folder that its paths are relative to (--root)."
@@ -116,16 +116,21 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         raise ValueError(f"{path}: {nothing}")
 
 
-def folder_files(folder: Path) -> Iterator[Path]:
-    """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote."""
+def folder_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote.
+
+    Links are followed, but not to one of the folders `above`.
+    """
+    above = (*above, folder.resolve())
     with os.scandir(folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     names = [entry.name for entry in entries]
     if any(record in names for record in RECORDS):
         return
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from folder_files(folder / entry.name)
+        if entry.is_dir():
+            if not entry.is_symlink() or (folder / entry.name).resolve() not in above:
+                yield from folder_files(folder / entry.name, above)
         elif entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
             name = case_name(entry.name)
             cine = name.removesuffix("_4d")

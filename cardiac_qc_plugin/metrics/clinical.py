@@ -182,7 +182,7 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
         Indices of both phases.
 
     Raises:
-        ValueError: as `volume_jumps`, or if there is no LV in any phase.
+        ValueError: as `volume_jumps`, or if there is no LV in any phase, or one that does not contract.
     """
     volumes = np.asarray(lv_volumes, dtype=float)
     jumps = volume_jumps(volumes)
@@ -195,7 +195,10 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     smallest = trusted[volumes[trusted] <= volumes[trusted].min() + 0.01 * repaired.max()]
     largest = trusted[volumes[trusted] >= volumes[trusted].max() - 0.01 * repaired.max()]
     es = int(smallest[np.argmin(smooth[smallest])])
-    return int(largest[np.argmin((es - largest) % volumes.size)]), es
+    ed = int(largest[np.argmin((es - largest) % volumes.size)])
+    if ed == es:
+        raise ValueError("the LV's volume hardly changes, so there is no end-diastole")
+    return ed, es
 
 
 def slice_levels(labels: np.ndarray) -> list[str]:

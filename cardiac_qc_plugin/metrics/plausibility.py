@@ -110,7 +110,7 @@ def plausibility(labels: np.ndarray, spacing: Sequence[float]) -> Plausibility:
     for z in range(depth):
         names = _broken(labels[..., z], spacing[0] * spacing[1])
         if z in inner:
-            names += _misplaced(labels[..., z]) + _misshapen(labels[..., z])
+            names += _misplaced(labels[..., z]) + _misshapen(labels[..., z], spacing[:2])
         for name in names:
             found[name].append(z)
     for label, name in CLASS_NAMES.items():
@@ -164,11 +164,11 @@ def _outlines(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"LV": labels == LV, "RV": labels == RV, "LVM": ndimage.binary_fill_holes(labels >= LVM)}
 
 
-def _misshapen(labels: np.ndarray) -> list[str]:
+def _misshapen(labels: np.ndarray, spacing: Sequence[float]) -> list[str]:
     names = []
     for structure, mask in _outlines(labels).items():
         if np.count_nonzero(mask) >= SMALLEST:
-            shape = shape_of(mask)
+            shape = shape_of(mask, spacing)
             if shape["concavity"] > LIMITS[f"concavity_{structure}"]:
                 names.append(f"concavity_{structure}")
             if shape["circularity"] < LIMITS.get(f"circularity_{structure}", 0):
@@ -176,17 +176,20 @@ def _misshapen(labels: np.ndarray) -> list[str]:
     return names
 
 
-def shape_of(mask: np.ndarray) -> dict[str, float]:
-    """Concavity and circularity of a mask in one slice, in pixels, which short-axis images have square.
+def shape_of(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> dict[str, float]:
+    """Concavity and circularity of a mask in one slice, counted in pixels, which are made square if they are not.
 
     Concavity is the share of the convex hull that the mask leaves free. Circularity is 4 pi times the area over the
     squared perimeter (Crofton's formula in four directions): about 1 for a disk.
 
     Args:
         mask: shape (H, W), bool, not empty.
+        spacing: (row, column) in mm.
     """
-    box = ndimage.find_objects(mask.view(np.int8))[0]
-    mask = np.pad(mask[box], 1)
+    mask = mask[ndimage.find_objects(mask.view(np.int8))[0]]
+    if max(spacing) > 1.05 * min(spacing):
+        mask = ndimage.zoom(mask, np.divide(spacing, min(spacing)), order=0)
+    mask = np.pad(mask, 1)
     area = np.count_nonzero(mask)
     hull = np.count_nonzero(convex_hull_image(mask))
     return {

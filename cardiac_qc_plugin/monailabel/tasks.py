@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
@@ -18,6 +19,7 @@ from monailabel.utils.others.generic import device_list, name_to_device
 from cardiac_qc_plugin.bundle import BundlePredictor, load_models
 from cardiac_qc_plugin.data.inputs import Scan
 from cardiac_qc_plugin.workflows.run import DETECT_FILES, SEGMENT_FILES, run_case
+from cardiac_qc_plugin.workflows.urgency import urgencies
 
 __all__ = ["CardiacQC", "FineTuning", "MostSuspicious", "QCScoring"]
 
@@ -141,10 +143,8 @@ class MostSuspicious(Strategy):
         datastore.refresh()  # scores are written by another process
         images = sorted(datastore.get_unlabeled_images(request.get("label_tag"), request.get("labels")))
 
-        def urgency(image_id: str) -> float:
-            return datastore.get_image_info(image_id).get(INFO, {}).get("scores", {}).get("urgency", -1.0)
-
-        return {"id": max(images, key=urgency)} if images else None
+        urgency = urgencies([datastore.get_image_info(image).get(INFO, {}).get("scores", {}) for image in images])
+        return {"id": images[int(np.argmax(urgency))]} if images else None
 
 
 class FineTuning(BundleTrainTask):

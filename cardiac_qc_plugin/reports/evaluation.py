@@ -251,10 +251,10 @@ def draw_regions(curve: RegionCurve, point: RegionCurve) -> Figure:
     return figure
 
 
-def draw_slices(curve: SlicePrecisionRecall, point: SlicePrecisionRecall) -> Figure:
+def draw_slices(curve: SlicePrecisionRecall, point: SlicePrecisionRecall, average_precision: float) -> Figure:
     """Precision against recall of slices with failures (Fig. 3b), the operating point marked."""
     figure, axes = _axes("recall of slices with failures (%)", "precision (%)")
-    label = f"mean over volumes, AP {curve.average_precision:.3f}"
+    label = f"mean over volumes, AP {average_precision:.3f}"
     axes.plot(100 * curve.recall, 100 * curve.precision, "k-", label=label)
     _mark(axes, 100 * point.recall, 100 * point.precision)
     axes.set(xlim=(0, 102), ylim=(0, 102))

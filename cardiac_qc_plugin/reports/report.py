@@ -40,7 +40,7 @@ def write_report(
             pages say what share of failures a threshold caught on validation patients.
         cases: content of ``qc.json`` of each case.
         failures: case and reason, for each case that could not be processed.
-        cines: content of ``cine.json`` of each heart with end-diastole and end-systole.
+        cines: content of ``cine.json`` of each heart.
         skipped: what was left out of the input, and why.
 
     Returns:

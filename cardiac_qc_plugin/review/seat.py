@@ -30,6 +30,7 @@ from cardiac_qc_plugin.workflows.files import (
     write_rows,
 )
 from cardiac_qc_plugin.workflows.references import patient_and_phase, read_labels
+from cardiac_qc_plugin.workflows.urgency import urgencies
 
 __all__ = ["CaseReview", "NoSuchCase", "Seat", "TakenOver"]
 
@@ -294,7 +295,8 @@ class Seat:
         folders = {path.relative_to(self.predictions).as_posix(): path for path in case_folders(self.predictions)}
         if "." in folders:
             raise ValueError(f"{predictions} is the folder of one case: give the one above it.")
-        self.folders = dict(sorted(folders.items(), key=lambda item: -_urgency(item[1])))
+        urgency = dict(zip(folders, urgencies([_scores(folder) for folder in folders.values()]), strict=True))
+        self.folders = dict(sorted(folders.items(), key=lambda item: -urgency[item[0]]))
         self.reviews: dict[str, CaseReview] = {}
 
     def review(self, name: Any) -> CaseReview:
@@ -386,9 +388,10 @@ class Seat:
         """Names of the end-diastolic and end-systolic case of a patient."""
         cine = review.folder.parent / "cine.json"
         if "/phase" in review.name and cine.is_file():
-            record, heart = read_json(cine), review.name.rpartition("/")[0]
+            record = read_json(cine)
             numbers = {phase: record[f"{phase.lower()}_phase"] for phase in ("ED", "ES")}
-            found = {phase: f"{heart}/phase{number:02d}" for phase, number in numbers.items() if number is not None}
+            names = dict(zip((point["phase"] for point in record["curve"]), record["cases"], strict=True))
+            found = {phase: names[number] for phase, number in numbers.items() if number in names}
             known = len(found) == 2 and review.name in found.values() and set(found.values()) <= set(self.folders)
             return found if known else None
         patient, _ = patient_and_phase(review.name, Path(review.qc["input"]["path"]))
@@ -420,9 +423,9 @@ def _numbers(indices: dict[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else round(value, 2) for name, value in indices.items()}
 
 
-def _urgency(folder: Path) -> float:
-    """Urgency of a case, from ``qc.json``; a case without comes last."""
+def _scores(folder: Path) -> dict[str, float]:
+    """Scores of a case, from ``qc.json``; none if that is damaged, which is said where the case is opened."""
     try:
-        return float(read_json(folder / "qc.json")["scores"]["urgency"])
-    except (ValueError, KeyError, TypeError):
-        return -math.inf
+        return read_json(folder / "qc.json").get("scores", {})
+    except (ValueError, AttributeError):
+        return {}

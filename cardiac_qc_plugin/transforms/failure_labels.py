@@ -162,8 +162,7 @@ def failures_by_class(
     """The failures of each class by itself, boolean (H, W, D) by label; arguments and errors as `failure_mask`."""
     criterion = FailureCriterion.parse(criterion)
     prediction, reference = as_label_volumes(prediction=prediction, reference=reference)
-    if apex not in ("last", "first"):
-        raise ValueError(f"apex has to be 'last' or 'first', got {apex!r}.")
+    check_apex(apex)
     labeled_slices = np.flatnonzero(reference.any(axis=(0, 1)))
     if not labeled_slices.size:
         raise ValueError("The reference has no label at all: failures are undefined; check the file it came from.")
@@ -222,6 +221,16 @@ def _in_plane_spacing(spacing: Sequence[float] | None) -> tuple[float, float]:
     if len(values) != 2 or not all(math.isfinite(value) and value > 0 for value in values):
         raise ValueError(f"spacing has to be two positive numbers (row, column) in mm, got {values}.")
     return values
+
+
+def check_apex(apex: str) -> None:
+    """Refuse an end of the slice axis that there is not.
+
+    Raises:
+        ValueError: if it is neither "last" nor "first".
+    """
+    if apex not in ("last", "first"):
+        raise ValueError(f"apex is 'last' or 'first', got {apex!r}.")
 
 
 def as_label_volumes(**volumes: np.ndarray) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -37,15 +38,16 @@ def spacing_of(image: MetaTensor) -> tuple[float, float, float]:
 
 
 class LoadScand(LoadImaged):
-    """:class:`monai.transforms.LoadImaged` that names the file which it cannot read, or which has another shape.
+    """:class:`monai.transforms.LoadImaged` that names the file which it cannot read, or which lies on another grid.
 
     Args:
         keys: files of a case; they become ``MetaTensor``.
-        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file.
+        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file, and
+            axes that run as its do.
         allow_missing_keys: leave out files that are not there.
 
     Raises:
-        ValueError: for a file that is damaged or no image, or of another shape.
+        ValueError: for a file that is damaged or no image, or on another grid.
     """
 
     def __init__(self, keys: KeysCollection, like: str | None = None, allow_missing_keys: bool = False) -> None:
@@ -69,6 +71,12 @@ class LoadScand(LoadImaged):
                     raise ValueError(
                         f"{path}: shape {shape}, but {d[self.like].meta['filename_or_obj']} has {wanted}. Give the "
                         f"{key} of this scan, on its own grid."
+                    )
+                axes, wanted = ("".join(nib.aff2axcodes(d[k].affine)) for k in (key, self.like))
+                if axes != wanted:
+                    raise ValueError(
+                        f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the "
+                        "image's grid; if its voxels are in the image's order, give it the image's affine."
                     )
         return d
 

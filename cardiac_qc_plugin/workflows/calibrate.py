@@ -17,7 +17,7 @@ from cardiac_qc_plugin.metrics.conformal import InfeasibleRisk, control_risk
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
 from cardiac_qc_plugin.reports import CURVE_FILE
 from cardiac_qc_plugin.reports.promise import calibration_text
-from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion
+from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex
 from cardiac_qc_plugin.workflows.files import read_json, write_json, write_text
 from cardiac_qc_plugin.workflows.measure import read_detection
 from cardiac_qc_plugin.workflows.references import (
@@ -236,6 +236,7 @@ def calibrate(
         OSError: the output cannot be written.
     """
     FailureCriterion.preset(criterion)
+    check_apex(apex)
     references, output = References(reference), Path(output)
     own, failures = read_patients(
         Path(predictions), references, source or f"patients of {predictions}", criterion, apex

@@ -181,10 +181,7 @@ def write_cines(cines: Sequence[Cine], chosen: Mapping[str, Given]) -> list[dict
 
 def write_indices(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write ``indices.csv``, a line for each ``cine.json``; no file if there are none."""
-    if records:
-        write_rows(path, [table_row(record) for record in records])
-    else:
-        path.unlink(missing_ok=True)
+    write_rows(path, [table_row(record) for record in records])
 
 
 def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.transforms.correction import Rule, apply_edits, simulate_correction
-from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failure_mask
+from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
 from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_json, read_volume, write_json, write_like
 from cardiac_qc_plugin.workflows.references import (
     Outcome,
@@ -96,8 +96,7 @@ def _overlap(first: Path, second: Path) -> bool:
 def _simulated(references: References, rule: Rule, criterion: str | None, apex: str) -> Method:
     if rule not in get_args(Rule):
         raise ValueError(f"Unknown correction rule {rule!r}; choose one of {list(get_args(Rule))}.")
-    if apex not in ("last", "first"):
-        raise ValueError(f"apex is 'last' or 'first', got {apex!r}.")
+    check_apex(apex)
     if rule == "paper" and criterion is not None:
         raise ValueError("The rule 'paper' corrects all of a flagged region, failures or not: give no criterion.")
     if rule != "paper":

@@ -13,7 +13,7 @@ from cardiac_qc_plugin.metrics.effort import ReviewedVolume, region_grid
 from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.reports.effort import draw_effort, effort_text
 from cardiac_qc_plugin.transforms.correction import simulate_correction
-from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failure_mask
+from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
 from cardiac_qc_plugin.workflows.evaluate import without_nan
 from cardiac_qc_plugin.workflows.files import check_output, read_json, write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import read_map
@@ -92,6 +92,7 @@ def effort(
     if seeds < 1:
         raise ValueError(f"seeds is a number of random orders, 1 or more, got {seeds}.")
     FailureCriterion.preset(criterion)
+    check_apex(apex)
     references, output = References(reference), Path(output)
     check_output(output, predictions, *compare, reference)
     rows, sets, failures = [], [], {}

@@ -36,6 +36,7 @@ from cardiac_qc_plugin.metrics.statistics import (
     wilcoxon_signed_rank,
 )
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
+from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
 from cardiac_qc_plugin.workflows.files import check_output, write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import (
@@ -90,8 +91,9 @@ def evaluate(
         ValueError: an unknown setting, a folder without cases or label files, or no measurable case.
         OSError: the output cannot be written.
     """
-    if criterion not in CRITERIA or apex not in ("last", "first"):
-        raise ValueError(f"criterion is one of {CRITERIA} and apex 'last' or 'first', got {criterion!r} and {apex!r}.")
+    check_apex(apex)
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is one of {CRITERIA}, got {criterion!r}.")
     output, measure = Path(output), partial(measure_case, references=References(reference), apex=apex)
     folders, others = (ensure_tuple(given) if given else () for given in (predictions, compare))
     check_output(output, *folders, *others, reference)
@@ -367,7 +369,8 @@ def write_curves(output: Path, cases: Iterable[Measurement], criterion: str) -> 
         flagged = _flagged(criterion, detected)
         figure = draw_regions(regions[criterion], region_curve(flagged, [1]))
         write_file(output / "figures/regions.png", figure.savefig)
-        figure = draw_slices(slices[criterion], slice_precision_recall(flagged, [1]))
+        precision = slice_precision_recall(volumes[criterion]).average_precision  # as in the summary
+        figure = draw_slices(slices[criterion], slice_precision_recall(flagged, [1]), precision)
         write_file(output / "figures/slices.png", figure.savefig)
     if curves := _mean_coverage(cases):
         write_rows(output / "curves/risk_coverage.csv", curves)

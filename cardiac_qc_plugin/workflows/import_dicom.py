@@ -163,7 +163,12 @@ def _claim(record: Path, stack: Stack) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with open(record, "x", encoding="utf-8") as stream:
-            stream.write(json.dumps(_series(stack)))
+            try:
+                stream.write(json.dumps(_series(stack)))
+                stream.flush()
+            except OSError:
+                record.unlink(missing_ok=True)  # half written, it would be nobody's
+                raise
     except FileExistsError:
         if any(read_json(record).get(key) != uid for key, uid in _series(stack).items()):
             raise ValueError(
@@ -188,7 +193,4 @@ def _record(stack: Stack) -> dict[str, Any]:
 
 def write_skipped(path: Path, skipped: list[Skipped]) -> None:
     """Series that were left out, as CSV; no file if there are none."""
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return
     write_rows(path, [{"series": item.series, "images": item.images, "reason": item.reason} for item in skipped])

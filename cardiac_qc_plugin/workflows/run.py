@@ -27,6 +27,7 @@ from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_c
 from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_csv, write_json, write_like
 from .overlap import Overlap
 from .table import write_table_of_run
+from .urgency import scores, urgencies
 
 __all__ = ["CaseFailures", "load_predictors", "run"]
 
@@ -150,20 +151,6 @@ def detect(folder: Path, image: Path, volume: Volume, bundle: BundlePredictor) -
     return {"map": bundle.config["map"], **result["result"]}
 
 
-def scores(segmentation: dict[str, Any], detection: dict[str, Any]) -> dict[str, float]:
-    """How urgent a scan is; higher is more urgent.
-
-    ``sample_disagreement`` is 1 - the mean pairwise Dice of the samples over the structures, 0 for a structure that no
-    sample found; it needs two samples or more, and orders the worklist where it exists. ``region_failure`` is the
-    expected number of failing regions.
-    """
-    agreement = [value or 0.0 for value in segmentation["pairwise_dice"].values()]
-    result = {"region_failure": detection["expected_failing_regions"]}
-    if segmentation["samples"] > 1:
-        result["sample_disagreement"] = 1.0 - float(np.mean(agreement))
-    return {**result, "urgency": result.get("sample_disagreement", result["region_failure"])}
-
-
 class CaseRecord:
     """The ``qc.json`` of a case: what its files were made from.
 
@@ -214,6 +201,8 @@ class CaseRecord:
         for stage in later:
             for file, _ in STAGES[stage].values():
                 (self.folder / file).unlink(missing_ok=True)
+        for segmentation in self.folder.glob("*.dcm"):  # made of them by dicom_seg
+            segmentation.unlink()
         (self.folder / PAGE).unlink(missing_ok=True)
         for part in self.folder.glob(".part-*"):  # of a process that was killed
             part.unlink(missing_ok=True)
@@ -360,10 +349,9 @@ def preview_cines(
 
 
 def comparable(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cases with an urgency that all of them have: with samples of some cases only, the failing regions."""
-    if len({"sample_disagreement" in qc["scores"] for qc in cases}) < 2:
-        return cases
-    return [{**qc, "scores": {**qc["scores"], "urgency": qc["scores"]["region_failure"]}} for qc in cases]
+    """The cases with urgencies in one unit."""
+    values = urgencies([qc["scores"] for qc in cases])
+    return [{**qc, "scores": {**qc["scores"], "urgency": value}} for qc, value in zip(cases, values, strict=True)]
 
 
 def process(
@@ -439,8 +427,8 @@ def run(
     failures = [*failures, *broken]
     write_indices(output / "indices.csv", records)
     if detector is not None:
-        write_table_of_run(output, cases, failures, records)
         cases = comparable(cases)
+        write_table_of_run(output, cases, failures, records)
         write_csv(output / "worklist.csv", lambda: worklist_rows(cases, failures), last="message")
         write_report(output, cases, failures, records, skipped)
     if failures:

@@ -74,7 +74,7 @@ def case_row(qc: Mapping[str, Any]) -> dict[str, Any]:
         row["slices_implausible"] = len(segmentation["plausibility"]["implausible_slices"])
     if detection:
         row |= {"regions_flagged": len(detection["regions"]), "slices_flagged": len(detection["flagged_slices"])}
-        row |= {"threshold": detection["threshold"], **qc["scores"]}
+        row |= {"threshold": detection["threshold"], **qc.get("scores", {})}
     for stage, record in qc["stages"].items():
         made_by = qc[stage]
         row |= {f"{stage}_seconds": record["seconds"], f"{stage}_digest": record["digest"]}

@@ -300,6 +300,11 @@ def test_phase_images_are_no_cine(tmp_path):
     assert "says 'P', which is no cine" in skipped.reason
 
 
+def test_a_single_image_type_is_not_spelled(tmp_path):
+    write(tmp_path, cine(lambda z, t: {"ImageType": "PRIMARY"}))
+    check(only(stacks_in(tmp_path)))
+
+
 def other_axes(row, down):
     return {"ImageOrientationPatient": [*map(float, row), *map(float, down)]}
 

@@ -169,6 +169,15 @@ def test_predictions_for_the_other_map(tmp_path):
         with_predictions(items, tmp_path, "bmap", "dn")
 
 
+def test_linked_folders_are_searched_once(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "a.nii.gz").touch()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "site")
+    (tmp_path / "site" / "back").symlink_to(tmp_path / "in")
+    assert [scan.case for scan in find_scans(tmp_path / "in")] == ["a"]
+
+
 def test_lists_whose_files_lie_elsewhere(tmp_path):
     (tmp_path / "list.json").write_text('{"training": [{"image": "p/a.nii.gz"}, {"image": "p/b.nii.gz"}]}')
     with pytest.raises(ValueError, match=r"list\.json: of its 2 files none is there, .*p/a\.nii\.gz.*--root"):

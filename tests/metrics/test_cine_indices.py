@@ -54,6 +54,11 @@ def test_volumes_that_are_no_cine(volumes):
         volume_jumps(volumes)
 
 
+def test_a_heart_that_does_not_beat():
+    with pytest.raises(ValueError, match="hardly changes"):
+        find_ed_es([100, 100.3, 100.5, 100.2, 100.1])
+
+
 def test_no_lv():
     with pytest.raises(ValueError, match="no phase has an LV"):
         find_ed_es([0, 0, 0, 0])

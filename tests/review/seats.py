@@ -54,7 +54,7 @@ def write_predictions(root, cases=("p1_ed", "p1_es"), with_regions=True):
         listed = [{"id": number} for number in REGIONS] if with_regions else []
         detection = {"map": "bmap", "regions": listed, "threshold": 0.9, "region_size": 8}
         detection["boxes"] = [[8, 56, 8, 48]] * SHAPE[2]
-        scores = {"urgency": 1.0 - 0.1 * index}
+        scores = {"region_failure": 1.0 - 0.1 * index, "urgency": 1.0 - 0.1 * index}
         qc = {"case": case, "input": source, "detection": detection, "scores": scores}
         (folder / "qc.json").write_text(json.dumps(qc))
     return root / "run"

@@ -493,6 +493,16 @@ def test_the_audit_of_a_phase_follows_the_other_phase(page, tmp_path):
     assert reviewed() == {"ED": True, "ES": False}
 
 
+def test_phases_of_a_long_cine(tmp_path):
+    """Of more than 100 phases the cases have three digits."""
+    cases = ("heart/phase007", "heart/phase100")
+    root = write_predictions(tmp_path, cases)
+    record = {"cases": list(cases), "curve": [{"phase": 7}, {"phase": 100}], "ed_phase": 7, "es_phase": 100}
+    (root / "heart" / "cine.json").write_text(json.dumps(record))
+    seat = Seat(root, tmp_path / "out")
+    assert seat._phases(seat.review(cases[0])) == {"ED": cases[0], "ES": cases[1]}
+
+
 @pytest.mark.parametrize("lost", ["segmentation.nii.gz", "qc.json"])
 def test_a_case_can_be_finished_beside_a_damaged_one(page, predictions, tmp_path, lost):
     (predictions / "p1_es" / lost).write_text("torn")

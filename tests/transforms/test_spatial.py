@@ -79,6 +79,10 @@ def test_file_of_another_shape_is_named(tmp_path):
     paths = {"image": write(tmp_path / "a.nii.gz"), "label": write(tmp_path / "b.nii.gz", shape=(20, 22, 4))}
     with pytest.raises(ValueError, match=r"b\.nii\.gz: shape \(20, 22, 4\), but .*a\.nii\.gz has \(20, 22, 5\)"):
         LoadScand(["image", "label"], like="image")(paths)
+    turned = nib.as_closest_canonical(nib.load(paths["image"]))
+    nib.save(turned, tmp_path / "c.nii.gz")
+    with pytest.raises(ValueError, match=r"c\.nii\.gz: its axes run otherwise than the image's \(RAS, not LPS\)"):
+        LoadScand(["image", "label"], like="image")({**paths, "label": str(tmp_path / "c.nii.gz")})
     read = Compose([LoadScand("image"), EnsureChannelFirstd("image"), InPlaneSpacingd("image", 1.0)])
     with pytest.raises(ValueError, match="Give the label of this scan"):  # the image's own grid, not the network's
         LoadScand("label", like="image")({**read({"image": paths["image"]}), "label": paths["label"]})

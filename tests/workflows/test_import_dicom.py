@@ -12,6 +12,7 @@ import pytest
 from test_run import bundles, command  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
+from cardiac_qc_plugin.workflows.files import OutputError
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -70,6 +71,20 @@ def test_another_patient_of_the_same_name_is_refused(tmp_path):
     assert "SAX_series7 holds another series of that name" in second.failures[0][1]
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
     assert gather_scans(tmp_path / "A", tmp_path / "out", name_by="folder").scans == first
+
+
+def test_a_full_disk_leaves_no_half_written_record(tmp_path, monkeypatch):
+    write(tmp_path / "in", cine())
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cardiac_qc_plugin.workflows.import_dicom.json.dumps", full)
+        with pytest.raises(OutputError, match="No space left"):
+            gather_scans(tmp_path / "in", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("dicom.json"))
+    assert len(gather_scans(tmp_path / "in", tmp_path / "out").scans) == PHASES
 
 
 def test_phases_that_are_gone_leave_no_folder(tmp_path):

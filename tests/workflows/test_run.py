@@ -23,8 +23,9 @@ from cardiac_qc_plugin.inferers import MCDropoutSliceInferer
 from cardiac_qc_plugin.networks import DilatedResNet22
 from cardiac_qc_plugin.workflows import files
 from cardiac_qc_plugin.workflows import run as run_module
-from cardiac_qc_plugin.workflows.run import CaseFailures, run, scores
+from cardiac_qc_plugin.workflows.run import CaseFailures, run
 from cardiac_qc_plugin.workflows.table import folder_rows
+from cardiac_qc_plugin.workflows.urgency import scores, urgencies
 
 ROOT = Path(__file__).parents[2]
 FILES = ("segmentation", "entropy", "bayesian", "failure_probability", "failure_regions")
@@ -174,6 +175,25 @@ def test_a_structure_that_no_sample_found_is_urgent():
     lost = scores({"samples": 10, "pairwise_dice": {"RV": None, "LVM": 0.95, "LV": 0.95}}, detection)
     assert found["urgency"] == pytest.approx(0.1) and lost["urgency"] > 0.3
     assert scores({"samples": 0, "pairwise_dice": {}}, detection)["urgency"] == 3.0
+
+
+def test_urgencies_have_one_unit():
+    sampled = [{"sample_disagreement": 0.7, "region_failure": 3.0}, {"sample_disagreement": 0.1, "region_failure": 9.0}]
+    assert urgencies(sampled) == [0.7, 0.1]
+    assert urgencies([*sampled, {"region_failure": 5.0}, {}]) == [3.0, 9.0, 5.0, -np.inf]
+
+
+def test_what_was_made_of_a_segmentation_goes_with_it(scan, predictors, tmp_path):
+    run(find_scans(scan), tmp_path, *predictors)
+    made = tmp_path / "oblique" / "segmentation.dcm"
+    made.touch()
+    run(find_scans(scan), tmp_path, *predictors)
+    assert made.exists()
+    qc = json.loads((tmp_path / "oblique" / "qc.json").read_text())
+    qc["stages"]["detection"]["digest"] = "of another threshold"
+    (tmp_path / "oblique" / "qc.json").write_text(json.dumps(qc))
+    run(find_scans(scan), tmp_path, *predictors)
+    assert not made.exists()
 
 
 def test_same_seed_same_maps(scan, predictors, tmp_path):
