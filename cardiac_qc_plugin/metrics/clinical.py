@@ -172,8 +172,8 @@ def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, li
 def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     """End-diastole and end-systole: the phases with the largest and the smallest LV volume, jumps left aside.
 
-    Of phases whose volumes are within 1 % of the largest, end-diastole is the last before end-systole, when contraction
-    begins, and end-systole the one whose neighbors are the smallest too.
+    Of phases whose volumes are within 1 % of the largest, or a tenth of the change if that is less, end-diastole is the
+    last before end-systole, when contraction begins, and end-systole the one whose neighbors are the smallest too.
 
     Args:
         lv_volumes: shape (phases,), ml; at least 3.
@@ -182,7 +182,7 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
         Indices of both phases.
 
     Raises:
-        ValueError: as `volume_jumps`, or if there is no LV in any phase, or one that does not contract.
+        ValueError: as `volume_jumps`, or if there is no LV in any phase, or one that never changes.
     """
     volumes = np.asarray(lv_volumes, dtype=float)
     jumps = volume_jumps(volumes)
@@ -192,13 +192,14 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     smooth = (np.roll(repaired, 1) + 2 * repaired + np.roll(repaired, -1)) / 4
     trusted = np.setdiff1d(np.arange(volumes.size), jumps)
 
-    smallest = trusted[volumes[trusted] <= volumes[trusted].min() + 0.01 * repaired.max()]
-    largest = trusted[volumes[trusted] >= volumes[trusted].max() - 0.01 * repaired.max()]
+    change = float(np.ptp(volumes[trusted]))
+    if change == 0:
+        raise ValueError("the LV's volume does not change, so there is no end-diastole")
+    close = min(0.01 * repaired.max(), 0.1 * change)
+    smallest = trusted[volumes[trusted] <= volumes[trusted].min() + close]
+    largest = trusted[volumes[trusted] >= volumes[trusted].max() - close]
     es = int(smallest[np.argmin(smooth[smallest])])
-    ed = int(largest[np.argmin((es - largest) % volumes.size)])
-    if ed == es:
-        raise ValueError("the LV's volume hardly changes, so there is no end-diastole")
-    return ed, es
+    return int(largest[np.argmin((es - largest) % volumes.size)]), es
 
 
 def slice_levels(labels: np.ndarray) -> list[str]:

@@ -186,10 +186,11 @@ def shape_of(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> dict[st
         mask: shape (H, W), bool, not empty.
         spacing: (row, column) in mm.
     """
-    mask = mask[ndimage.find_objects(mask.view(np.int8))[0]]
-    if max(spacing) > 1.05 * min(spacing):
-        mask = ndimage.zoom(mask, np.divide(spacing, min(spacing)), order=0)
-    mask = np.pad(mask, 1)
+    box = ndimage.find_objects(mask.view(np.int8))[0]
+    mask = np.pad(mask[box], 1)
+    if max(spacing) > 1.05 * min(spacing):  # fewer of the small ones: more of the large ones would be stairs
+        factors = np.divide(spacing, max(spacing))
+        mask = ndimage.zoom(mask.astype(float), factors, order=1, grid_mode=True, mode="nearest") > 0.5
     area = np.count_nonzero(mask)
     hull = np.count_nonzero(convex_hull_image(mask))
     return {

@@ -55,8 +55,9 @@ def test_volumes_that_are_no_cine(volumes):
 
 
 def test_a_heart_that_does_not_beat():
-    with pytest.raises(ValueError, match="hardly changes"):
-        find_ed_es([100, 100.3, 100.5, 100.2, 100.1])
+    assert find_ed_es([100, 100.3, 100.5, 100.2, 100.1]) == (2, 0)
+    with pytest.raises(ValueError, match="does not change"):
+        find_ed_es([100.0] * 5)
 
 
 def test_no_lv():

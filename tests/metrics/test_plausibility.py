@@ -111,8 +111,10 @@ def test_shape_of_known_figures():
     rows, cols = np.indices((96, 96))
     ellipse = ((rows - 48) / 40) ** 2 + ((cols - 48) / 20) ** 2 <= 1  # of perimeter 193.8
     assert shape_of(ellipse)["circularity"] == pytest.approx(4 * np.pi * np.pi * 800 / 193.8**2, abs=0.03)
-    wide = shape_of(ellipse, (1.0, 2.0))  # of pixels that make it a disk
-    assert wide["circularity"] == pytest.approx(1, abs=0.05) and wide["concavity"] == pytest.approx(0, abs=0.02)
+    for shape, spacing in ((ellipse, (1.0, 2.0)), (ellipse.T, (1.6, 0.8))):  # of pixels that make it a disk
+        disk_like = shape_of(shape, spacing)
+        assert disk_like["circularity"] == pytest.approx(1, abs=0.05)
+        assert disk_like["concavity"] == pytest.approx(0, abs=0.02)
     corner = np.zeros((60, 60), bool)
     corner[10:50, 10:50] = True
     corner[30:, 30:] = False  # hull: the square less a triangle of half the missing quarter
