@@ -427,8 +427,8 @@ def run(
     failures = [*failures, *broken]
     write_indices(output / "indices.csv", records)
     if detector is not None:
-        cases = comparable(cases)
         write_table_of_run(output, cases, failures, records)
+        cases = comparable(cases)
         write_csv(output / "worklist.csv", lambda: worklist_rows(cases, failures), last="message")
         write_report(output, cases, failures, records, skipped)
     if failures:
