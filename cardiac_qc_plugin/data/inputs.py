@@ -63,11 +63,6 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
         ValueError: if nothing is there, no file in it is a scan, or no file of a list is there.
     """
     files = list(input_files(path, root, fold))
-    if Path(path).suffix in READERS and not any(file.path.exists() for file in files):
-        raise ValueError(
-            f"{path}: of its {len(files)} files none is there, the first would be {files[0].path}. "
-            "Give the folder that its paths are relative to (--root)."
-        )
     counts = Counter(file.name for file in files)
     scans = []
     for file in files:
@@ -78,6 +73,11 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
     doubled = [case for case, count in Counter(scan.case for scan in scans).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")
+    if Path(path).suffix in READERS and not any(file.path.exists() for file in files):
+        raise ValueError(
+            f"{path}: of its {len(files)} files none is there, the first would be {files[0].path}. "
+            "Give the folder that its paths are relative to (--root)."
+        )
     return scans
 
 

@@ -178,7 +178,7 @@ def fold_to_bundle(
         note_weights(part, version, trained.what, metrics)
         part.rename(folder)
     except ValueError as error:
-        raise ValueError(str(error).replace(str(part), str(folder))) from error
+        raise ValueError(str(error).replace(part.name, folder.name)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if not folder.exists():

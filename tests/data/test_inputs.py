@@ -123,12 +123,6 @@ def test_predictions_of_images_that_are_named_by_their_folder(tmp_path):
     assert item["segmentation"] == str(tmp_path / "p1_sax" / "segmentation.nii.gz")
 
 
-def test_hold_out_of_few_patients():
-    items = [{"image": p, "meta": {"patient": p, "group": "NOR"}} for p in ("a", "b")]
-    with pytest.raises(ValueError, match="takes 3 patients or more; got 2"):
-        hold_out(items)
-
-
 def test_hold_out_keeps_patients_together_and_groups_balanced():
     rng = np.random.default_rng(0)
     items = [
