@@ -1,13 +1,14 @@
 """Reading of a scan with checks, and the network's in-plane spacing with an exact way back."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor
-from monai.transforms import LoadImaged, MapTransform, Spacingd, Transform
+from monai.transforms import LoadImage, LoadImaged, MapTransform, Spacingd, Transform
 
 __all__ = ["CheckScan", "CheckScand", "InPlaneSpacingd", "LoadScand", "check_spacing", "spacing_of"]
 
@@ -37,6 +38,19 @@ def spacing_of(image: MetaTensor) -> tuple[float, float, float]:
     return tuple(float(norm) for norm in image.affine[:3, :3].norm(dim=0))
 
 
+class _LoadImage(LoadImage):
+    """:class:`monai.transforms.LoadImage` that names the file which it cannot read."""
+
+    def __call__(self, filename: str, reader: ImageReader | None = None) -> Any:
+        try:
+            return super().__call__(filename, reader)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{filename}: the file is truncated or damaged, or no image ({type(error).__name__}: {reason})."
+            ) from error
+
+
 class LoadScand(LoadImaged):
     """:class:`monai.transforms.LoadImaged` that names the file which it cannot read, or which lies on another grid.
 
@@ -52,19 +66,13 @@ class LoadScand(LoadImaged):
 
     def __init__(self, keys: KeysCollection, like: str | None = None, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys=allow_missing_keys)
+        self._loader = _LoadImage()
         self.like = like
 
     def __call__(self, data: Mapping[Hashable, str], reader: ImageReader | None = None) -> dict[Hashable, torch.Tensor]:
-        d = dict(data)
+        d = super().__call__(data, reader)
         for key in self.key_iterator(d):
-            path = d[key]
-            try:
-                d[key] = self._loader(path, reader)
-            except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ValueError(
-                    f"{path}: the file is truncated or damaged, or no image ({type(error).__name__}: {reason})."
-                ) from error
+            path = data[key]
             if self.like is not None:
                 shape, wanted = (tuple(map(int, d[k].meta["spatial_shape"])) for k in (key, self.like))
                 if shape != wanted:

@@ -64,6 +64,9 @@ def test_loads_as_monai_does(tmp_path):
     for key in keys:
         assert torch.equal(loaded[key], expected[key]) and torch.equal(loaded[key].affine, expected[key].affine)
         assert loaded[key].meta["filename_or_obj"] == paths[key]
+    server = LoadScand("image")
+    server._loader.image_only = False  # as MONAI Label does
+    assert server(paths)["image_meta_dict"]["filename_or_obj"] == paths["image"]
     assert loaded["case"] == "a" and "map" not in LoadScand([*keys, "map"], allow_missing_keys=True)(paths)
 
 
