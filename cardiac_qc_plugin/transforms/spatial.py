@@ -71,21 +71,20 @@ class LoadScand(LoadImaged):
 
     def __call__(self, data: Mapping[Hashable, str], reader: ImageReader | None = None) -> dict[Hashable, torch.Tensor]:
         d = super().__call__(data, reader)
-        for key in self.key_iterator(d):
-            path = data[key]
-            if self.like is not None:
-                shape, wanted = (tuple(map(int, d[k].meta["spatial_shape"])) for k in (key, self.like))
-                if shape != wanted:
-                    raise ValueError(
-                        f"{path}: shape {shape}, but {d[self.like].meta['filename_or_obj']} has {wanted}. Give the "
-                        f"{key} of this scan, on its own grid."
-                    )
-                axes, wanted = ("".join(nib.aff2axcodes(d[k].affine)) for k in (key, self.like))
-                if axes != wanted:
-                    raise ValueError(
-                        f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the "
-                        "image's grid; if its voxels are in the image's order, give it the image's affine."
-                    )
+        for key in self.key_iterator(d) if self.like is not None else ():
+            path, own, like = data[key], d[key], d[self.like]
+            shape, wanted = (tuple(map(int, image.meta["spatial_shape"])) for image in (own, like))
+            if shape != wanted:
+                raise ValueError(
+                    f"{path}: shape {shape}, but {like.meta['filename_or_obj']} has {wanted}. Give the {key} of this "
+                    "scan, on its own grid."
+                )
+            axes, wanted = ("".join(nib.aff2axcodes(image.affine)) for image in (own, like))
+            if axes != wanted:
+                raise ValueError(
+                    f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the image's "
+                    "grid; if its voxels are in the image's order, give it the image's affine."
+                )
         return d
 
 
