@@ -116,12 +116,15 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         raise ValueError(f"{path}: {nothing}")
 
 
-def folder_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
     """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote.
 
-    Links are followed, but not to one of the folders `above`.
+    Links are followed; a folder that was `seen` is not searched again.
     """
-    above = (*above, folder.resolve())
+    seen = set() if seen is None else seen
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
     with os.scandir(folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     names = [entry.name for entry in entries]
@@ -129,8 +132,7 @@ def folder_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         return
     for entry in entries:
         if entry.is_dir():
-            if not entry.is_symlink() or (folder / entry.name).resolve() not in above:
-                yield from folder_files(folder / entry.name, above)
+            yield from folder_files(folder / entry.name, seen)
         elif entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
             name = case_name(entry.name)
             cine = name.removesuffix("_4d")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -106,7 +105,7 @@ class SlicePatchDataset(IterableDataset):
         ``{"image": (B, C, patch_size, patch_size) float, "label": (B, 1, patch_size, patch_size) float}``.
 
     Raises:
-        ValueError: for an empty datalist, a label on another grid than its image's, or if positives are asked of data
+        ValueError: for an empty datalist, a label of another shape than its image's, or if positives are asked of data
             without a labelled pixel.
     """
 
@@ -138,12 +137,6 @@ class SlicePatchDataset(IterableDataset):
             sizes = [tuple(volume[key].shape[1:]) for key in ("image", "label")]
             if sizes[0] != sizes[1]:
                 raise ValueError(f"{item}: the image has shape {sizes[0]} and its label {sizes[1]}.")
-            axes = {nib.aff2axcodes(volume[key].affine) for key in ("image", "label") if hasattr(volume[key], "affine")}
-            if len(axes) > 1:
-                raise ValueError(
-                    f"{item}: the label's axes run otherwise than the image's ({' and '.join(map(''.join, axes))}). "
-                    "Save it on the image's grid; if its voxels are in the image's order, give it the image's affine."
-                )
             # fp16 is off by 1/4096 at most on [0, 1], and halves the memory
             self.images += list(np.moveaxis(np.asarray(volume["image"], dtype=np.float16), -1, 0))
             self.labels += list(np.moveaxis(np.asarray(volume["label"], dtype=np.uint8), -1, 0))

@@ -190,7 +190,8 @@ def shape_of(mask: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> dict[st
     mask = np.pad(mask[box], 1)
     if max(spacing) > 1.05 * min(spacing):  # fewer of the small ones: more of the large ones would be stairs
         factors = np.divide(spacing, max(spacing))
-        mask = ndimage.zoom(mask.astype(float), factors, order=1, grid_mode=True, mode="nearest") > 0.5
+        square = ndimage.zoom(mask.astype(float), factors, order=1, grid_mode=True, mode="nearest") >= 0.5
+        mask = square if square.any() else mask  # a line may vanish
     area = np.count_nonzero(mask)
     hull = np.count_nonzero(convex_hull_image(mask))
     return {

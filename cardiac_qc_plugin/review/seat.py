@@ -388,9 +388,10 @@ class Seat:
         """Names of the end-diastolic and end-systolic case of a patient."""
         cine = review.folder.parent / "cine.json"
         if "/phase" in review.name and cine.is_file():
-            record = read_json(cine)
+            record, heart = read_json(cine), review.name.rpartition("/")[0]
             numbers = {phase: record[f"{phase.lower()}_phase"] for phase in ("ED", "ES")}
-            names = dict(zip((point["phase"] for point in record["curve"]), record["cases"], strict=True))
+            folders = (f"{heart}/{case.rpartition('/')[2]}" for case in record["cases"])  # wherever the run lies
+            names = dict(zip((point["phase"] for point in record["curve"]), folders, strict=True))
             found = {phase: names[number] for phase, number in numbers.items() if number in names}
             known = len(found) == 2 and review.name in found.values() and set(found.values()) <= set(self.folders)
             return found if known else None

@@ -169,6 +169,7 @@ def test_linked_folders_are_searched_once(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "site")
     (tmp_path / "site" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "linked_again").symlink_to(tmp_path / "site")
     assert [scan.case for scan in find_scans(tmp_path / "in")] == ["a"]
 
 

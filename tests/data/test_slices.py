@@ -415,10 +415,3 @@ def test_generator_decides():
     state = torch.get_rng_state()
     augment(PatchAugmentation(), image, label, 16)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_label_with_turned_axes_is_refused():
-    volume = coordinate_volume(0, (20, 20, 3))
-    volume["label"].affine = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
-    with pytest.raises(ValueError, match="the label's axes run otherwise than the image's"):
-        SlicePatchDataset([{}], lambda item: volume)

@@ -115,6 +115,10 @@ def test_shape_of_known_figures():
         disk_like = shape_of(shape, spacing)
         assert disk_like["circularity"] == pytest.approx(1, abs=0.05)
         assert disk_like["concavity"] == pytest.approx(0, abs=0.02)
+    line = np.zeros((40, 40), bool)
+    line[5:35, 7] = True
+    for spacing in ((1.0, 1.0), (2.0, 0.8), (1.0, 1.9), (1.9, 1.0)):
+        assert 0 <= shape_of(line, spacing)["circularity"] < 1
     corner = np.zeros((60, 60), bool)
     corner[10:50, 10:50] = True
     corner[30:, 30:] = False  # hull: the square less a triangle of half the missing quarter

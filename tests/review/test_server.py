@@ -501,6 +501,9 @@ def test_phases_of_a_long_cine(tmp_path):
     (root / "heart" / "cine.json").write_text(json.dumps(record))
     seat = Seat(root, tmp_path / "out")
     assert seat._phases(seat.review(cases[0])) == {"ED": cases[0], "ES": cases[1]}
+    above = Seat(root.parent, tmp_path.parent / f"{tmp_path.name}_out")  # the folder above has it as well
+    names = [f"{root.name}/{case}" for case in cases]
+    assert above._phases(above.review(names[0])) == {"ED": names[0], "ES": names[1]}
 
 
 @pytest.mark.parametrize("lost", ["segmentation.nii.gz", "qc.json"])

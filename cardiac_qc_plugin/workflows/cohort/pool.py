@@ -237,9 +237,9 @@ class WorkerPool:
             time.sleep(0.1)
             try:
                 self.ray.get(worker.actor.__ray_ready__.remote(), timeout=PATIENCE)
-                break
+                return error
             except self.ray.exceptions.GetTimeoutError:
-                break
+                return error
             except self.ray.exceptions.RayError as later:
                 error = later
         return error
