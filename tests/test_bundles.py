@@ -218,6 +218,19 @@ def test_two_processes_train_and_evaluate(acdc_like, tmp_path):
     assert len(alone) == 10 and sorted(map(str, together)) == sorted(map(str, alone))
 
 
+@pytest.mark.parametrize("fold", [1, -1])
+def test_evaluation_without_a_fold_scores_all_volumes(fold, acdc_like):
+    parser = ConfigParser()
+    configs = ROOT / "bundles" / "cardiac_drn_segmentation" / "configs"
+    parser.read_config([str(configs / name) for name in ("train.json", "evaluate.yaml")])
+    settings = {"dataset_dir": acdc_like / "data", "data_list_file_path": acdc_like / "folds.json", "fold": fold}
+    parser.update({name: str(value) if name != "fold" else value for name, value in settings.items()})
+    items = json.loads((acdc_like / "folds.json").read_text())["training"]
+    expected = [item["image"] for item in items if fold in (item["fold"], -1)]
+    found = parser.get_parsed_content("validate#dataset").data
+    assert sorted(str(Path(item["image"]).relative_to(acdc_like / "data")) for item in found) == sorted(expected)
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_several_processes_may_leave_no_fold_out(bundle, acdc_like):
     parser = ConfigParser()

@@ -15,7 +15,7 @@ from cardiac_qc_plugin.transforms import (
     RegionLabelsd,
     crop_box,
     crop_slice,
-    read_regions,
+    paint_regions,
     uncrop_slice,
 )
 from cardiac_qc_plugin.workflows.files import read_json
@@ -47,7 +47,8 @@ def test_inferer_paints_what_the_network_says_of_each_crop(region_size):
         with torch.no_grad():
             logits = network(torch.from_numpy(crop_slice(volume[:2], box))[None])
         expected = logits.softmax(dim=1)[0, 1].numpy()
-        np.testing.assert_allclose(read_regions(painted[0, 0, ..., z].numpy(), box, region_size), expected, rtol=1e-5)
+        expected = paint_regions(expected, box, SHAPE[:2], region_size)
+        np.testing.assert_allclose(painted[0, 0, ..., z].numpy(), expected, rtol=1e-5)
         outside = np.ones(SHAPE[:2], dtype=bool)
         outside[max(box[0], 0) : box[1], max(box[2], 0) : box[3]] = False
         assert (painted[0, 0, ..., z].numpy()[outside] == 0).all()
@@ -133,6 +134,17 @@ def test_volume_detection_counts_failures_outside_the_crop():
     assert volume.probability.size == 100 and volume.probability[0] == pytest.approx(0.7)
     assert volume.failure_voxels[0] == 2 and volume.failure_voxels.sum() == 2
     assert volume.failure_voxels_outside.tolist() == [1]
+
+
+def test_cells_of_the_padding_are_no_regions():
+    """An image of 64 x 64 pixels in a crop of 80 x 80: 36 of the 100 cells are padding."""
+    painted = np.full((64, 64, 1), 0.2, np.float32)
+    box = crop_box(np.zeros((64, 64)))
+    assert box == (-8, 72, -8, 72)
+    assert volume_detection(painted, painted > 0, [box], 8).failure_voxels.tolist() == [64] * 64
+    data = {"p": painted[None], "labels": np.zeros((1, 64, 64, 1)), "image": painted[None]}
+    result = FlagRegionsd("p", "labels", threshold=0.5)(data)["result"]
+    assert result["n_regions"] == 64 and result["expected_failing_regions"] == pytest.approx(64 * 0.2)
 
 
 def test_operating_point_has_the_largest_f2(tmp_path):

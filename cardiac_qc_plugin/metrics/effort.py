@@ -5,7 +5,6 @@ regions is a running sum, and the Hausdorff distance is measured again only for 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -13,60 +12,9 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.transforms.regions import Box
+from cardiac_qc_plugin.transforms.regions import RegionGrid
 
-__all__ = ["RegionGrid", "ReviewedVolume", "region_grid"]
-
-
-@dataclass(frozen=True, eq=False)
-class RegionGrid:
-    """The N regions of a volume that have a pixel of the image, in the order of slices, rows, columns.
-
-    Attributes:
-        slices: slice of each region, (N,).
-        rows: first row and stop of each region, clipped to the image, (N, 2).
-        cols: the same of columns, (N, 2).
-    """
-
-    slices: np.ndarray
-    rows: np.ndarray
-    cols: np.ndarray
-
-    def indices(self) -> list[tuple[slice, slice, int]]:
-        """What to index a volume (H, W, D) with, for each region."""
-        places = zip(self.rows.tolist(), self.cols.tolist(), self.slices.tolist(), strict=True)
-        return [(slice(*rows), slice(*cols), z) for rows, cols, z in places]
-
-    def means(self, values: np.ndarray) -> np.ndarray:
-        """Mean of a map (H, W, D) over each region's pixels, (N,)."""
-        return np.array([values[region].mean() for region in self.indices()])
-
-    def counts(self, mask: np.ndarray) -> np.ndarray:
-        """Number of nonzero voxels of a mask (H, W, D) in each region, (N,)."""
-        return np.array([np.count_nonzero(mask[region]) for region in self.indices()])
-
-
-def region_grid(boxes: Sequence[Box], shape: tuple[int, int, int], region_size: int) -> RegionGrid:
-    """The detector's regions.
-
-    Args:
-        boxes: the detector's crop of each slice.
-        shape: (H, W, D) of the volume.
-        region_size: edge of a region in pixels.
-    """
-    corners = [
-        (z, row, col)
-        for z, (row0, row1, col0, col1) in enumerate(boxes)
-        for row in range(row0, row1, region_size)
-        for col in range(col0, col1, region_size)
-    ]
-    z, row, col = np.array(corners).T
-    rows, cols = (
-        np.stack([start, start + region_size], axis=1).clip(0, length)
-        for start, length in ((row, shape[0]), (col, shape[1]))
-    )
-    inside = (rows[:, 0] < rows[:, 1]) & (cols[:, 0] < cols[:, 1])
-    return RegionGrid(z[inside], rows[inside], cols[inside])
+__all__ = ["ReviewedVolume"]
 
 
 class ReviewedVolume:

@@ -24,7 +24,7 @@ from skimage.measure import find_contours
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-from cardiac_qc_plugin.transforms.regions import flagged_region_map, read_regions
+from cardiac_qc_plugin.transforms.regions import flagged_region_map, region_grid
 from cardiac_qc_plugin.workflows.files import Volume, read_volume
 
 __all__ = ["GRID", "MAP_TOP", "Sheet", "draw_sheet", "map_colors", "operating_grid"]
@@ -156,9 +156,8 @@ def _regions(painted: np.ndarray, detection: Mapping[str, Any], grid: Sequence[f
 
     Compared in single precision, as the regions were flagged.
     """
-    boxes, size = detection["boxes"], detection["region_size"]
-    cells = [read_regions(painted[..., z], box, size) for z, box in enumerate(boxes)]
-    _, regions = flagged_region_map(cells, boxes, painted.shape, grid[0], size)
+    cells = region_grid(detection["boxes"], painted.shape, detection["region_size"])
+    _, regions = flagged_region_map(painted, cells, grid[0])
     probabilities = np.array([region["probability"] for region in regions], painted.dtype)
     levels = sum((probabilities >= threshold).astype(int) for threshold in grid)
     return [region | {"level": level} for region, level in zip(regions, levels.tolist(), strict=True)]

@@ -9,6 +9,7 @@ first row and column.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -151,66 +152,102 @@ def paint_regions(cells: np.ndarray, box: Box, shape: tuple[int, int], region_si
     return uncrop_slice(cells.repeat(region_size, axis=0).repeat(region_size, axis=1), box, shape)
 
 
-def read_regions(painted: np.ndarray, box: Box, region_size: int) -> np.ndarray:
-    """The values of cells from a painted slice (H, W): the inverse of `paint_regions`.
+@dataclass(frozen=True, eq=False)
+class RegionGrid:
+    """The N regions of a volume that have a pixel of the image, in the order of slices, rows, columns.
 
-    A cell that lies beyond the image altogether reads as 0.
+    Attributes:
+        slices: slice of each region, (N,).
+        rows: first row and stop of each region, clipped to the image, (N, 2).
+        cols: the same of columns, (N, 2).
     """
-    crop = crop_slice(painted, box)
-    rows, cols = (side // region_size for side in crop.shape)
-    return crop.reshape(rows, region_size, cols, region_size).max(axis=(1, 3))
+
+    slices: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+
+    def indices(self) -> list[tuple[slice, slice, int]]:
+        """What to index a volume (H, W, D) with, for each region."""
+        places = zip(self.rows.tolist(), self.cols.tolist(), self.slices.tolist(), strict=True)
+        return [(slice(*rows), slice(*cols), z) for rows, cols, z in places]
+
+    def read(self, painted: np.ndarray) -> np.ndarray:
+        """What `paint_regions` painted into a volume (H, W, D), of each region, (N,)."""
+        return painted[self.rows[:, 0], self.cols[:, 0], self.slices]
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Mean of a map (H, W, D) over each region's pixels, (N,)."""
+        return np.array([values[region].mean() for region in self.indices()])
+
+    def counts(self, mask: np.ndarray) -> np.ndarray:
+        """Number of nonzero voxels of a mask (H, W, D) in each region, (N,)."""
+        return np.array([np.count_nonzero(mask[region]) for region in self.indices()])
+
+
+def region_grid(boxes: Sequence[Box], shape: tuple[int, int, int], region_size: int) -> RegionGrid:
+    """The detector's regions in a volume; cells that lie in the padding only are none.
+
+    Args:
+        boxes: the detector's crop of each slice.
+        shape: (H, W, D) of the volume.
+        region_size: side of a cell in pixels.
+
+    Raises:
+        ValueError: not one box for each slice, a box without a pixel of the image, or one that cells do not tile.
+    """
+    if len(boxes) != shape[2]:
+        raise ValueError(f"{shape[2]} slices, but {len(boxes)} boxes.")
+    corners = []
+    for z, box in enumerate(boxes):
+        _inside(box, shape[:2])
+        if (box[1] - box[0]) % region_size or (box[3] - box[2]) % region_size:
+            raise ValueError(f"Cells of {region_size} pixels do not tile the box {box} of slice {z}.")
+        rows, cols = (range(box[i], box[i + 1], region_size) for i in (0, 2))
+        corners += [(z, row, col) for row in rows for col in cols]
+    z, row, col = np.array(corners).T
+    rows, cols = (
+        np.stack([start, start + region_size], axis=1).clip(0, length)
+        for start, length in ((row, shape[0]), (col, shape[1]))
+    )
+    inside = (rows[:, 0] < rows[:, 1]) & (cols[:, 0] < cols[:, 1])
+    return RegionGrid(z[inside], rows[inside], cols[inside])
 
 
 def flagged_region_map(
-    probabilities: Sequence[np.ndarray],
-    boxes: Sequence[Box],
-    shape: tuple[int, int, int],
-    threshold: float,
-    region_size: int = 8,
+    painted: np.ndarray, grid: RegionGrid, threshold: float
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Regions to review: the cells with a failure probability of at least `threshold`.
 
     Args:
-        probabilities: P(failure) of the cells, (rows, cols) for each slice.
-        boxes: the crop that these cells tile, for each slice.
-        shape: (H, W, D) of the volume.
+        painted: P(failure) of each region on its pixels, (H, W, D).
+        grid: the regions.
         threshold: operating point in [0, 1].
-        region_size: side of a cell in pixels.
 
     Returns:
         The map, uint16 (H, W, D), 0 where nothing is flagged and the region's id elsewhere, and a record of
         each region: id, slice, row0, row1, col0, col1 (clipped to the image, stops excluded), probability.
-        The ids 1, 2, ... follow descending probability, then slice, row and column. A cell that lies in the
-        padding only is never flagged.
+        The ids 1, 2, ... follow descending probability, then slice, row and column.
 
     Raises:
-        ValueError: not one grid of cells and one box for each slice, cells that do not tile their box, a
-            probability or threshold that is no number in [0, 1], or more regions than 65535.
+        ValueError: a probability or threshold that is no number in [0, 1], or more regions than 65535.
     """
-    if len(probabilities) != shape[2] or len(boxes) != shape[2]:
-        raise ValueError(f"{shape[2]} slices, but {len(probabilities)} grids of cells and {len(boxes)} boxes.")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold has to be in [0, 1], got {threshold}.")
-    found = []
-    for index, (cells, box) in enumerate(zip(probabilities, boxes, strict=True)):
-        if not ((cells >= 0) & (cells <= 1)).all():
-            raise ValueError(f"The failure probabilities of slice {index} are not all in [0, 1].")
-        if tuple(side * region_size for side in cells.shape) != (box[1] - box[0], box[3] - box[2]):
-            raise ValueError(f"{cells.shape} cells of {region_size} pixels do not tile the box {box} of slice {index}.")
-        for row, col in np.argwhere(cells >= threshold).tolist():
-            row0, row1 = (min(max(box[0] + edge * region_size, 0), shape[0]) for edge in (row, row + 1))
-            col0, col1 = (min(max(box[2] + edge * region_size, 0), shape[1]) for edge in (col, col + 1))
-            if row0 < row1 and col0 < col1:
-                found.append((-float(cells[row, col]), index, row0, col0, row1, col1))
-    if len(found) > np.iinfo(np.uint16).max:
-        raise ValueError(f"{len(found)} regions reach the threshold {threshold}; a map can number 65535.")
+    probabilities = grid.read(painted)
+    if (bad := ~((probabilities >= 0) & (probabilities <= 1))).any():
+        raise ValueError(f"The failure probabilities of slice {grid.slices[bad][0]} are not all in [0, 1].")
+    flagged = np.flatnonzero(probabilities >= threshold)
+    if flagged.size > np.iinfo(np.uint16).max:
+        raise ValueError(f"{flagged.size} regions reach the threshold {threshold}; a map can number 65535.")
 
-    region_map = np.zeros(shape, dtype=np.uint16)
+    region_map = np.zeros(painted.shape, dtype=np.uint16)
     records = []
-    for number, (negative, index, row0, col0, row1, col1) in enumerate(sorted(found), start=1):
-        region_map[row0:row1, col0:col1, index] = number
-        place = {"slice": index, "row0": row0, "row1": row1, "col0": col0, "col1": col1}
-        records.append({"id": number, **place, "probability": -negative})
+    places = grid.indices()
+    for number, i in enumerate(flagged[np.argsort(-probabilities[flagged], kind="stable")], start=1):
+        rows, cols, z = places[i]
+        region_map[rows, cols, z] = number
+        place = {"slice": z, "row0": rows.start, "row1": rows.stop, "col0": cols.start, "col1": cols.stop}
+        records.append({"id": number, **place, "probability": float(probabilities[i])})
     return region_map, records
 
 
@@ -318,8 +355,8 @@ class FlagRegionsd(MapTransform):
         for key in self.key_iterator(d):
             painted, labels = convert_to_numpy(d[key])[0], convert_to_numpy(d[self.segmentation_key])[0]
             boxes = [crop_box(labels[..., i], self.region_size, self.min_size) for i in range(labels.shape[2])]
-            cells = [read_regions(painted[..., i], box, self.region_size) for i, box in enumerate(boxes)]
-            regions, records = flagged_region_map(cells, boxes, painted.shape, self.threshold, self.region_size)
+            grid = region_grid(boxes, painted.shape, self.region_size)
+            regions, records = flagged_region_map(painted, grid, self.threshold)
             d[key] = convert_to_dst_type(painted[None], d[self.image_key])[0]
             # int32, since torch computes little with uint16
             d[self.regions_key] = convert_to_dst_type(regions[None].astype(np.int32), d[self.image_key], np.int32)[0]
@@ -327,8 +364,8 @@ class FlagRegionsd(MapTransform):
                 "threshold": self.threshold,
                 "region_size": self.region_size,
                 "boxes": [list(box) for box in boxes],
-                "n_regions": sum(grid.size for grid in cells),
-                "expected_failing_regions": float(sum(grid.sum(dtype=float) for grid in cells)),
+                "n_regions": grid.slices.size,
+                "expected_failing_regions": float(grid.read(painted).sum(dtype=float)),
                 "flagged_slices": sorted({record["slice"] for record in records}),
                 "regions": records,
             }

@@ -10,7 +10,7 @@ from cardiac_qc_plugin.reports.paper_tables import CELLS, paper
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
 from cardiac_qc_plugin.workflows.evaluate import compare_paired, without_nan
-from cardiac_qc_plugin.workflows.files import file_sha256, read_json, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.references import (
     MissingLabels,
     Outcome,
@@ -56,6 +56,7 @@ def compare_expert(
     if on_outside not in ("error", "drop"):
         raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
     masks, references, output = References(expert), References(reference), Path(output)
+    check_output(output, "compare_expert", predictions, expert, reference)
 
     def measure(case: str, folder: Path) -> dict[str, Any] | None:
         try:
@@ -75,6 +76,7 @@ def compare_expert(
     rows = table_rows(list(cases.values()))
     settings = {"predictions": str(predictions), "expert": str(expert), "reference": str(reference)}
     summary = {
+        "command": "compare_expert",
         "settings": settings | {"on_outside": on_outside},
         "n_cases": len(cases),
         "n_patients": len({own["patient"] for own in cases.values()}),

@@ -9,11 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
-from cardiac_qc_plugin.metrics.effort import ReviewedVolume, region_grid
+from cardiac_qc_plugin.metrics.effort import ReviewedVolume
 from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.reports.effort import draw_effort, effort_text
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
+from cardiac_qc_plugin.transforms.regions import region_grid
 from cardiac_qc_plugin.workflows.evaluate import without_nan
 from cardiac_qc_plugin.workflows.files import check_output, read_json, write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import read_map
@@ -94,7 +95,7 @@ def effort(
     FailureCriterion.preset(criterion)
     check_apex(apex)
     references, output = References(reference), Path(output)
-    check_output(output, predictions, *compare, reference)
+    check_output(output, "effort", predictions, *compare, reference)
     rows, sets, failures = [], [], {}
     for number, folder in enumerate([predictions, *compare]):
         cases, problems = _read(Path(folder), references, criterion, apex)
@@ -116,6 +117,7 @@ def effort(
     settings = {"reference": str(reference), "criterion": criterion, "apex": apex, "seeds": seeds}
     summary = without_nan(
         {
+            "command": "effort",
             "settings": settings,
             "sets": sets,
             "after": [row for row in rows if row["regions_per_patient"] in (0, *SUMMARY) or row["all_regions"]],

@@ -96,10 +96,11 @@ def evaluate(
         raise ValueError(f"criterion is one of {CRITERIA}, got {criterion!r}.")
     output, measure = Path(output), partial(measure_case, references=References(reference), apex=apex)
     folders, others = (ensure_tuple(given) if given else () for given in (predictions, compare))
-    check_output(output, *folders, *others, reference)
+    check_output(output, "evaluate", *folders, *others, reference)
     cases, failures = _measure(folders, measure)
     patients = measure_patients(cases)
     summary = {
+        "command": "evaluate",
         "settings": {"predictions": _listed(folders), "reference": str(reference), "criterion": criterion}
         | {"apex": apex, "compare": _listed(others) or None},
         **summarize_cases(cases.values(), patients),

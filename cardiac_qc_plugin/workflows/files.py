@@ -187,14 +187,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_output(output: Path, *inputs: str | Path) -> None:
-    """Refuse an output folder that is one of the inputs, or a case.
+def check_output(output: Path, command: str, *inputs: str | Path) -> None:
+    """Refuse an output folder that is one of the inputs, or a case, or has another command's ``summary.json``.
 
     Raises:
         ValueError: naming the folder.
     """
     if (output / "segmentation.nii.gz").is_file() or any(output.resolve() == Path(one).resolve() for one in inputs):
         raise ValueError(f"{output} is an input of this command: write to another folder.")
+    summary = output / "summary.json"
+    if summary.is_file() and (other := read_json(summary).get("command", command)) != command:
+        raise ValueError(f"{output} has the results of {other}: write to another folder.")
 
 
 def case_folders(root: str | Path) -> list[Path]:

@@ -17,7 +17,7 @@ from cardiac_qc_plugin.metrics.detection import (
     operating_point,
     region_average_precision,
 )
-from cardiac_qc_plugin.transforms.regions import Box, crop_box, crop_slice, read_regions, region_counts
+from cardiac_qc_plugin.transforms.regions import Box, crop_box, region_grid
 
 from .files import write_json
 
@@ -33,17 +33,10 @@ def volume_detection(painted: np.ndarray, failures: np.ndarray, boxes: list[Box]
         boxes: the detector's crop of each slice.
         region_size: edge of a region in pixels.
     """
-    probability, counts, index, outside = [], [], [], []
-    for z, box in enumerate(boxes):
-        cells = read_regions(painted[..., z], box, region_size).ravel()
-        inside = region_counts(crop_slice(failures[..., z], box), region_size).ravel()
-        probability.append(cells)
-        counts.append(inside)
-        index.append(np.full(cells.size, z))
-        outside.append(int(np.count_nonzero(failures[..., z]) - inside.sum()))
-    return VolumeDetection(
-        np.concatenate(probability), np.concatenate(counts), np.concatenate(index), np.array(outside)
-    )
+    grid = region_grid(boxes, painted.shape, region_size)
+    inside = grid.counts(failures)
+    missed = np.count_nonzero(failures, axis=(0, 1)) - np.bincount(grid.slices, weights=inside).astype(int)
+    return VolumeDetection(grid.read(painted), inside, grid.slices, missed)
 
 
 class RegionAveragePrecision(Metric):

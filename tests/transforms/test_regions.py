@@ -10,6 +10,7 @@ from cardiac_qc_plugin.transforms.regions import (
     flagged_region_map,
     paint_regions,
     region_counts,
+    region_grid,
     region_labels,
     uncrop_slice,
 )
@@ -156,10 +157,47 @@ def test_paint_regions(drawn):
         paint_regions(cells, box, mask.shape, region_size + 1)
 
 
+def flagged(cells, boxes, shape, threshold, region_size):
+    """The map and records of cells, painted as a detector paints them."""
+    painted = [paint_regions(*slice_, shape[:2], region_size) for slice_ in zip(cells, boxes, strict=True)]
+    return flagged_region_map(np.stack(painted, axis=-1), region_grid(boxes, shape, region_size), threshold)
+
+
+@settings(max_examples=50, deadline=None)
+@given(masked_slices())
+def test_region_grid_has_the_cells_with_a_pixel_of_the_image(drawn):
+    mask, region_size, min_size = drawn
+    box = crop_box(mask, region_size, min_size)
+    sides = (box[1] - box[0]) // region_size, (box[3] - box[2]) // region_size
+    ids = np.arange(1, sides[0] * sides[1] + 1).reshape(sides)
+    painted = paint_regions(ids, box, mask.shape, region_size)[..., None]
+    grid = region_grid([box], painted.shape, region_size)
+    found = grid.read(painted)
+    assert found.tolist() == sorted(set(painted[painted > 0].tolist()))
+    for number, region in zip(found, grid.indices(), strict=True):
+        assert (painted[region] == number).all() and painted[region].size == (painted == number).sum()
+    assert grid.counts(mask[..., None]).tolist() == [
+        int(mask[painted[..., 0] == number].astype(bool).sum()) for number in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([(0, 8, 0, 8)] * 2, "1 slices.*2 boxes"),
+        ([(0, 8, 0, 6)], "4 pixels do not tile.*slice 0"),
+        ([(8, 16, 0, 8)], "no pixel"),
+    ],
+)
+def test_region_grid_errors(boxes, message):
+    with pytest.raises(ValueError, match=message):
+        region_grid(boxes, (8, 8, 1), 4)
+
+
 def test_flagged_regions_are_numbered_by_probability_then_place():
     first = np.array([[0.9, 0.2], [0.5, 0.7]])
     second = np.array([[0.7, 0.49], [0.7, 0.95]], np.float32)
-    region_map, records = flagged_region_map([first, second], [(0, 8, 2, 10), (4, 12, 0, 8)], (12, 12, 2), 0.5, 4)
+    region_map, records = flagged([first, second], [(0, 8, 2, 10), (4, 12, 0, 8)], (12, 12, 2), 0.5, 4)
     assert region_map.shape == (12, 12, 2) and region_map.dtype == np.uint16
     keys = ("id", "slice", "row0", "row1", "col0", "col1")
     assert [tuple(record[key] for key in keys) for record in records] == [
@@ -181,7 +219,7 @@ def test_flagged_regions_are_numbered_by_probability_then_place():
 
 def test_ties_are_broken_by_slice_row_and_column():
     cells = np.full((2, 2), 0.5)
-    _, records = flagged_region_map([cells, cells], [(0, 8, 0, 8)] * 2, (8, 8, 2), 0.0, 4)
+    _, records = flagged([cells, cells], [(0, 8, 0, 8)] * 2, (8, 8, 2), 0.0, 4)
     places = [(r["slice"], r["row0"], r["col0"]) for r in records]
     assert places == sorted(places) and len(places) == 8
     assert [r["id"] for r in records] == list(range(1, 9))
@@ -189,7 +227,7 @@ def test_ties_are_broken_by_slice_row_and_column():
 
 def test_regions_are_clipped_and_never_in_the_padding():
     cells = np.ones((3, 3))
-    region_map, records = flagged_region_map([cells], [(-5, 7, -3, 9)], (2, 6, 1), 0.5, 4)
+    region_map, records = flagged([cells], [(-5, 7, -3, 9)], (2, 6, 1), 0.5, 4)
     # rows -5..-2 and 3..6 are padding only, rows -1..2 hold the image
     assert {(r["row0"], r["row1"]) for r in records} == {(0, 2)}
     assert [(r["col0"], r["col1"]) for r in records] == [(0, 1), (1, 5), (5, 6)]
@@ -197,30 +235,24 @@ def test_regions_are_clipped_and_never_in_the_padding():
 
 
 def test_nothing_flagged():
-    region_map, records = flagged_region_map([np.zeros((2, 2))], [(0, 8, 0, 8)], (8, 8, 1), 0.5, 4)
+    region_map, records = flagged([np.zeros((2, 2))], [(0, 8, 0, 8)], (8, 8, 1), 0.5, 4)
     assert not region_map.any() and records == []
 
 
-CELLS, BOX = np.zeros((2, 2)), (0, 8, 0, 8)
-
-
 @pytest.mark.parametrize(
-    ("probabilities", "boxes", "threshold", "message"),
+    ("probability", "threshold", "message"),
     [
-        ([CELLS] * 2, [BOX], 0.5, "1 slices.*2 grids.*1 boxes"),
-        ([CELLS], [BOX] * 2, 0.5, "1 slices.*1 grids.*2 boxes"),
-        ([CELLS * np.nan], [BOX], 0.5, r"slice 0.*\[0, 1\]"),
-        ([CELLS + 1.1], [BOX], 0.5, r"slice 0.*\[0, 1\]"),
-        ([np.zeros((2, 3))], [BOX], 0.5, "do not tile"),
-        ([CELLS], [BOX], 50, "threshold.*50"),
-        ([CELLS], [BOX], float("nan"), "threshold.*nan"),
+        (np.nan, 0.5, r"slice 0.*\[0, 1\]"),
+        (1.1, 0.5, r"slice 0.*\[0, 1\]"),
+        (0, 50, "threshold.*50"),
+        (0, float("nan"), "threshold.*nan"),
     ],
 )
-def test_flagged_region_map_errors(probabilities, boxes, threshold, message):
+def test_flagged_region_map_errors(probability, threshold, message):
     with pytest.raises(ValueError, match=message):
-        flagged_region_map(probabilities, boxes, (8, 8, 1), threshold, 4)
+        flagged([np.full((2, 2), probability)], [(0, 8, 0, 8)], (8, 8, 1), threshold, 4)
 
 
 def test_too_many_regions_for_the_map():
     with pytest.raises(ValueError, match="65536 regions"):
-        flagged_region_map([np.ones((256, 256))], [(0, 256, 0, 256)], (256, 256, 1), 0.5, 1)
+        flagged([np.ones((256, 256))], [(0, 256, 0, 256)], (256, 256, 1), 0.5, 1)

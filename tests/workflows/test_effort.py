@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from miniature_run import BOXES, SHAPE, SPACING, cells_inside, load, write_patients
 
-from cardiac_qc_plugin.metrics.effort import ReviewedVolume, region_grid
+from cardiac_qc_plugin.metrics.effort import ReviewedVolume
 from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
+from cardiac_qc_plugin.transforms.regions import region_grid
 from cardiac_qc_plugin.workflows.effort import effort
 
 ROOT = Path(__file__).parents[2]

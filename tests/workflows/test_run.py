@@ -398,16 +398,23 @@ def test_command_line(bundles, tmp_path):
         (("evaluate", "out", "in", "in"), "in is an input of this command: write to another folder."),
         (("evaluate", "out", "in", "out/case"), "out/case is an input of this command: write to another folder."),
         (("effort", "out", "in", "out"), "out is an input of this command: write to another folder."),
+        (("evaluate", "out", "in", "results"), "results has the results of effort: write to"),
+        (
+            ("compare_expert", "out", "in", "in", "results"),
+            "results has the results of effort: write to",
+        ),
+        (("compare_expert", "out", "in", "in", "out"), "out is an input of this command: write to another folder."),
         (("effort", "out", "in", "effort"), "qc.json: no such file. Give the output folder of run."),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_done(arguments, message, tmp_path):
-    for folder in ("in", "out/case", "scans"):
+    for folder in ("in", "out/case", "scans", "results"):
         (tmp_path / folder).mkdir(parents=True)
     save(tmp_path / "scans" / "case.nii.gz", stack())
     for path in ("in/case_gt.nii.gz", "out/case/segmentation.nii.gz"):
         save(tmp_path / path, np.ones((64, 64, 2), np.uint8))
     (tmp_path / "a_file").write_text("")
+    (tmp_path / "results" / "summary.json").write_text('{"command": "effort"}')
     before = sorted(tmp_path.rglob("*"))
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
