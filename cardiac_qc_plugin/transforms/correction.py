@@ -40,7 +40,7 @@ def simulate_correction(
     Raises:
         ValueError: an unknown rule, a mask that the rule needs is missing, or wrong shapes or labels.
     """
-    _check_rule(rule)
+    check_rule(rule)
     prediction, reference = as_label_volumes(prediction=prediction, reference=reference)
     replaced = np.ones(prediction.shape, dtype=bool)
     if rule != "upper_bound":
@@ -50,9 +50,16 @@ def simulate_correction(
     return np.where(replaced, reference, prediction)
 
 
-def _check_rule(rule: str) -> None:
+def check_rule(rule: str) -> None:
+    """Raise ValueError for an unknown rule of correction."""
     if rule not in get_args(Rule):
         raise ValueError(f"Unknown correction rule {rule!r}; choose one of {list(get_args(Rule))}.")
+
+
+def check_on_outside(on_outside: str) -> None:
+    """Raise ValueError for an unknown answer to edits outside the flagged regions."""
+    if on_outside not in ("error", "drop"):
+        raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,7 @@ def apply_edits(
     Raises:
         ValueError: wrong shapes or labels, an unknown `on_outside`, or edits outside with "error".
     """
-    if on_outside not in ("error", "drop"):
-        raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
+    check_on_outside(on_outside)
     prediction, edited = as_label_volumes(prediction=prediction, edited=edited)
     flagged = _mask(flagged, "flagged", prediction.shape)
     changed = edited != prediction
@@ -142,7 +148,7 @@ class SimulateCorrection(Transform):
     """
 
     def __init__(self, rule: Rule = "paper") -> None:
-        _check_rule(rule)
+        check_rule(rule)
         self.rule = rule
 
     def __call__(

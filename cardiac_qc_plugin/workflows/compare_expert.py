@@ -7,7 +7,7 @@ from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_haus
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.reports.expert import expert_text
 from cardiac_qc_plugin.reports.paper_tables import CELLS, paper
-from cardiac_qc_plugin.transforms.correction import simulate_correction
+from cardiac_qc_plugin.transforms.correction import check_on_outside, simulate_correction
 from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
 from cardiac_qc_plugin.workflows.evaluate import compare_paired, without_nan
 from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_json, write_rows, write_text
@@ -53,8 +53,7 @@ def compare_expert(
         ValueError: an unknown setting, a folder without cases or label files, or no case that could be measured.
         OSError: the output cannot be written.
     """
-    if on_outside not in ("error", "drop"):
-        raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
+    check_on_outside(on_outside)
     masks, references, output = References(expert), References(reference), Path(output)
     check_output(output, "compare_expert", predictions, expert, reference)
 

@@ -3,12 +3,18 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from cardiac_qc_plugin import __version__
-from cardiac_qc_plugin.transforms.correction import Rule, apply_edits, simulate_correction
+from cardiac_qc_plugin.transforms.correction import (
+    Rule,
+    apply_edits,
+    check_on_outside,
+    check_rule,
+    simulate_correction,
+)
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
 from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_json, read_volume, write_json, write_like
 from cardiac_qc_plugin.workflows.references import (
@@ -94,8 +100,7 @@ def _overlap(first: Path, second: Path) -> bool:
 
 
 def _simulated(references: References, rule: Rule, criterion: str | None, apex: str) -> Method:
-    if rule not in get_args(Rule):
-        raise ValueError(f"Unknown correction rule {rule!r}; choose one of {list(get_args(Rule))}.")
+    check_rule(rule)
     check_apex(apex)
     if rule == "paper" and criterion is not None:
         raise ValueError("The rule 'paper' corrects all of a flagged region, failures or not: give no criterion.")
@@ -120,8 +125,7 @@ def _simulated(references: References, rule: Rule, criterion: str | None, apex: 
 
 
 def _expert(masks: References, on_outside: str) -> Method:
-    if on_outside not in ("error", "drop"):
-        raise ValueError(f"on_outside has to be 'error' or 'drop', got {on_outside!r}.")
+    check_on_outside(on_outside)
     return lambda case, folder, segmentation: accept_edits(masks.find(case, folder), folder, segmentation, on_outside)
 
 

@@ -388,6 +388,12 @@ def test_bad_data_and_regime_are_named(settings, tmp_path):
         Grid(replace(settings, data=tmp_path))
     with pytest.raises(ValueError, match="has no regime 'long'"):
         Grid(replace(settings, regime="long")).by_fold()
+    items = [item for item in settings.items if item["fold"] == 0]
+    two = sorted({item["meta"]["patient"] for item in settings.items if item["fold"] == 1})[:2]
+    items += [item for item in settings.items if item["meta"]["patient"] in two]
+    write_json(tmp_path / "few.json", {"training": items})
+    with pytest.raises(ValueError, match="few.json: fold 0 leaves fewer than three patients to train a detector"):
+        replace(settings, datalist=tmp_path / "few.json")
 
 
 def test_a_segmentation_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.data.folds import hold_out
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.reports.paper_tables import Experiment
@@ -151,6 +152,12 @@ class Settings:
                 raise ValueError(f"--ablations {name} needs the bmap{of}: see --maps, --models, --losses.")
         if self.members < 2:
             raise ValueError(f"--members is 2 or more, got {self.members}.")
+        for fold in self.tested:
+            if not hold_out([item for item in self.items if item["fold"] != fold])[1]:
+                raise ValueError(
+                    f"{self.datalist_file}: fold {fold} leaves fewer than three patients to train a detector and to "
+                    "choose its operating point. Take more patients, or fewer in a fold."
+                )
         if self.trained and not any(self.trained.glob("**/model.pt")):
             raise ValueError(
                 f"--trained {self.trained}: no such folder, or no model.pt in it. docs/reproduce.md lays it out."
