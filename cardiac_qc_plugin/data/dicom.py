@@ -232,28 +232,22 @@ def _planes(file: Path, header: Dataset) -> list[Plane]:
         if int(header.get("NumberOfFrames") or 1) > 1:
             raise UnusableError("several frames in a single-frame MR image; convert to Enhanced MR")
         return [_plane(file, 0, header, header, header, header, header, header)]
-    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     frames = header.get("PerFrameFunctionalGroupsSequence") or []
     if len(frames) != int(header.get("NumberOfFrames") or 1):
         raise UnusableError(f"{len(frames)} frames described, {header.get('NumberOfFrames')} in the file")
-
-    def group(frame: Dataset, name: str) -> Dataset:
-        return (frame.get(name) or shared.get(name) or [Dataset()])[0]
-
+    groups = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "CardiacSynchronization")
+    groups += ("PixelValueTransformation", "FrameContent")
     return [
-        _plane(
-            file,
-            index,
-            header,
-            group(frame, "PlanePositionSequence"),
-            group(frame, "PlaneOrientationSequence"),
-            group(frame, "PixelMeasuresSequence"),
-            group(frame, "CardiacSynchronizationSequence"),
-            group(frame, "PixelValueTransformationSequence"),
-            group(frame, "FrameContentSequence"),
-        )
-        for index, frame in enumerate(frames)
+        _plane(file, index, header, *(frame_group(header, index, name) for name in groups))
+        for index in range(len(frames))
     ]
+
+
+def frame_group(header: Dataset, index: int, name: str) -> Dataset:
+    """What a multi-frame file says of one frame (from 0), its own or of all; ``name`` as in ``PlanePosition``."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    frame, name = header.PerFrameFunctionalGroupsSequence[index], f"{name}Sequence"
+    return (frame.get(name) or shared.get(name) or [Dataset()])[0]
 
 
 def _plane(

@@ -1,7 +1,9 @@
 """Results as DICOM Segmentation objects, which refer to the images that they were made from."""
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import numpy as np
 from pydicom import DataElement, Dataset, config, dcmread
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import MRImageStorage
+from pydicom.uid import MRImageStorage, generate_uid
 from pydicom.valuerep import DA, TM
 
 from cardiac_qc_plugin import __version__
-from cardiac_qc_plugin.data.dicom import dicom_files
+from cardiac_qc_plugin.data.dicom import dicom_files, frame_group
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 
 from .files import read_json, read_volume, write_file
@@ -34,6 +36,11 @@ MEANING = {
 # may be empty, but not missing
 PATIENT_AND_STUDY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
 PATIENT_AND_STUDY += ("AccessionNumber", "ReferringPhysicianName")
+PLACE = {
+    "PlanePosition": ("ImagePositionPatient",),
+    "PlaneOrientation": ("ImageOrientationPatient",),
+    "PixelMeasures": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+}
 FILES = {"segmentation": tuple(CLASS_NAMES.values()), "failure_regions": ("failure",)}
 
 
@@ -69,6 +76,7 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
         for file in dicom_files(dicom):
             header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"], force=True)
             sources[str(header.get("SOPInstanceUID"))] = file
+        read = lru_cache(maxsize=64)(partial(dcmread, stop_before_pixels=True))  # a multi-frame file has many phases
         written, failures = 0, {}
         for record in records:
             images = read_json(record).get("images", [])
@@ -78,7 +86,7 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
                 continue
             for folder, planes in zip(folders, images, strict=True):
                 try:
-                    written += _write_phase(folder, planes, sources)
+                    written += _write_phase(folder, planes, sources, read)
                 except ValueError as error:
                     failures[folder.relative_to(predictions).as_posix()] = str(error)
     lines = [f"{written} DICOM Segmentations in {predictions}."]
@@ -86,18 +94,20 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
     return Outcome("\n".join(lines), failures)
 
 
-def _write_phase(folder: Path, planes: Sequence[dict[str, Any]], sources: dict[str, Path]) -> int:
+def _write_phase(
+    folder: Path, planes: Sequence[dict[str, Any]], sources: dict[str, Path], read: Callable[[Path], Dataset]
+) -> int:
     """The files of a phase; returns how many were written."""
-    uids = [plane["uid"] for plane in planes]
-    missing = [uid for uid in uids if uid not in sources]
+    places = [(plane["uid"], plane["frame"]) for plane in planes]
+    missing = [uid for uid, _ in places if uid not in sources]
     if missing:
-        raise ValueError(f"{len(missing)} of its {len(uids)} source images are not in the DICOM folder.")
-    once = [z for z, uid in enumerate(uids) if uid not in uids[:z]]
-    images = [dcmread(sources[uids[z]]) for z in once]
-    if images[0].SOPClassUID != MRImageStorage:
-        raise ValueError("made from a multi-frame image, of which no DICOM Segmentation can be written yet.")
+        raise ValueError(f"{len(missing)} of its {len(places)} source images are not in the DICOM folder.")
+    once = [z for z, place in enumerate(places) if place not in places[:z]]
+    frames = [(read(sources[uid]), index) for uid, index in (places[z] for z in once)]
+    images = [image if image.SOPClassUID == MRImageStorage else _single_frame(image, i) for image, i in frames]
     for image in images:
         _complete(image, images[0])
+    stand_for = {str(image.SOPInstanceUID): frame for image, frame in zip(images, frames, strict=True)}
     written = 0
     for name, segments in FILES.items():
         path = folder / f"{name}.dcm"
@@ -108,9 +118,45 @@ def _write_phase(folder: Path, planes: Sequence[dict[str, Any]], sources: dict[s
         if labels.any():
             masks = np.stack([labels == n for n in CLASS_NAMES] if len(segments) > 1 else [labels > 0], axis=-1)
             segmentation = _segmentation(images, masks.astype(np.uint8), segments)
+            if frames[0][0].SOPClassUID != MRImageStorage:
+                _refer_to_frames(segmentation, stand_for)
             write_file(path, segmentation.save_as)
             written += 1
     return written
+
+
+def _single_frame(image: Dataset, index: int) -> Dataset:
+    """A frame of a multi-frame image as an image of its own: of multi-frame ones highdicom takes all frames or none."""
+    own = {"PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence", "NumberOfFrames"}
+    own |= {"SOPClassUID", "SOPInstanceUID"}
+    frame = Dataset({element.tag: element for element in image if element.keyword not in own})
+    for group, names in PLACE.items():
+        found = frame_group(image, index, group)
+        for name in names:
+            if name in found:
+                frame[name] = found[name]
+    frame.SOPClassUID, frame.SOPInstanceUID = MRImageStorage, generate_uid()
+    return frame
+
+
+def _refer_to_frames(segmentation: Dataset, stand_for: dict[str, tuple[Dataset, int]]) -> None:
+    """Let a Segmentation refer to the frames (a file's header, number from 0) that its images stood for."""
+
+    def refer(item: Dataset) -> int:
+        image, index = stand_for[item.ReferencedSOPInstanceUID]
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+        return index
+
+    for frame in segmentation.PerFrameFunctionalGroupsSequence:
+        derivations = copy.deepcopy(frame.DerivationImageSequence)  # highdicom has one item in several frames
+        for item in (source for derivation in derivations for source in derivation.SourceImageSequence):
+            item.ReferencedFrameNumber = refer(item) + 1
+        frame.DerivationImageSequence = derivations
+    for series in segmentation.ReferencedSeriesSequence:
+        items = copy.deepcopy(series.ReferencedInstanceSequence)
+        for item in items:
+            refer(item)
+        series.ReferencedInstanceSequence = list({item.ReferencedSOPInstanceUID: item for item in items}.values())
 
 
 def _complete(image: Dataset, first: Dataset) -> None:

@@ -8,12 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pydicom import config, dcmread
+from pydicom.uid import EnhancedMRImageStorage
 
 from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from dicom_files import ROOT, SLICES, cine, enhanced, write  # noqa: E402
+from dicom_files import PHASES, ROOT, SLICES, cine, enhanced, write  # noqa: E402
 
 hd = pytest.importorskip("highdicom")
 
@@ -127,7 +128,31 @@ def test_what_cannot_be_done_is_said(tmp_path):
     outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
     ((case, message),) = outcome.failures.items()
     assert case.endswith("phase00") and "1 of its 5 source images" in message
-    write(tmp_path / "multi", [enhanced([(z, t) for z in range(5) for t in range(6)])])
-    run_on(tmp_path / "multi", tmp_path / "out2")
-    outcome = write_dicom_seg(tmp_path / "out2", tmp_path / "multi")
-    assert len(outcome.failures) == 6 and "multi-frame" in outcome.text
+
+
+@pytest.mark.parametrize("files", ["one", "one per slice"])
+def test_frames_of_enhanced_mr(tmp_path, files):
+    """Segments refer to the frames of the multi-frame files, in whatever order these have them."""
+    pairs = [(z, t) for z in range(SLICES) for t in range(PHASES)]
+    order = [pairs[i] for i in np.random.default_rng(1).permutation(len(pairs))]
+    parts = [order] if files == "one" else [[pair for pair in order if pair[0] == z] for z in range(SLICES)]
+    images = [enhanced(part) for part in parts]
+    for number, ds in enumerate(images):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{ROOT}5.{number + 1}"
+    write(tmp_path / "in", images)
+    masks = run_on(tmp_path / "in", tmp_path / "out")
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.failures == {} and outcome.text.startswith(f"{2 * PHASES} DICOM Segmentations")
+    for t, (folder, (labels, _)) in enumerate(masks.items()):
+        segmentation = hd.seg.segread(folder / "segmentation.dcm")
+        references = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        assert [item.ReferencedSOPInstanceUID for item in references] == [ds.SOPInstanceUID for ds in images]
+        assert {item.ReferencedSOPClassUID for item in references} == {EnhancedMRImageStorage}
+        assert not any("ReferencedFrameNumber" in item for item in references)
+        read = [
+            segmentation.get_pixels_by_source_frame(ds.SOPInstanceUID, [part.index((z, t)) + 1], combine_segments=True)
+            for z in range(SLICES)
+            for ds, part in zip(images, parts, strict=True)
+            if (z, t) in part
+        ]
+        np.testing.assert_array_equal(np.concatenate(read).transpose(2, 1, 0), labels)
