@@ -16,9 +16,9 @@ from .checkpoints import load_weights
 from .sampling import (
     FusedNetwork,
     SequentialNetwork,
-    can_be_fused,
     dropout_modules,
     forward,
+    passes_of,
     reduced_precision,
     sample_seed,
     sampling,
@@ -57,6 +57,10 @@ class MCDropoutSliceInferer(Inferer):
     masks of a sample of a slice follow from ``seed`` and the slice's number in its stack: they are the same in any
     batch, with any number of samples, and in a part of the field. The global generator is left untouched.
 
+    Any network with dropout modules of torch's will do; dropout that it does otherwise, by ``F.dropout`` or a module of
+    its own, stays off. A network that is not of this package is compared once with its own passes, and takes these if
+    faster ones would give something else.
+
     Args:
         samples: T, stochastic passes. With 1 the b-map is 0 (a spread needs two). With 0 dropout stays off: the
             probabilities are the deterministic pass's, and the b-map is 0.
@@ -83,7 +87,8 @@ class MCDropoutSliceInferer(Inferer):
         :class:`~cardiac_qc_plugin.transforms.SplitUncertaintyd` takes it apart.
 
     Raises:
-        ValueError: if samples are asked of a network without dropout, or for another input rank or setting.
+        ValueError: if samples are asked of a network without dropout, for another input rank or setting, or for values
+            that are not finite.
 
     Example::
 
@@ -133,7 +138,7 @@ class MCDropoutSliceInferer(Inferer):
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
         with torch.no_grad():
-            return (FusedNetwork if can_be_fused(network) else SequentialNetwork)(network, self.amp)
+            return passes_of(network, self.amp)
 
     def __call__(
         self, inputs: torch.Tensor, network: nn.Module | FusedNetwork | SequentialNetwork, *args, **kwargs
@@ -143,7 +148,11 @@ class MCDropoutSliceInferer(Inferer):
         passes = network if isinstance(network, FusedNetwork | SequentialNetwork) else self.prepare(network)
         inputs = inputs.as_subclass(torch.Tensor)  # a MetaTensor would track every operation
         stacks = inputs[None] if inputs.ndim == 4 else inputs.movedim(-1, 1)
+        if not inputs.numel() or not torch.isfinite(inputs).all():
+            raise ValueError(f"Expected finite values, got {'none' if not inputs.numel() else 'nan or infinite ones'}.")
         with torch.no_grad():
+            if isinstance(passes, FusedNetwork):
+                passes = passes.trusted(stacks[0, :1])
             passes.begin()
             self.precision = passes.precision
             parts = [self._maps(stack, passes, self._report(i, len(stacks))) for i, stack in enumerate(stacks)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 import os
 import warnings
@@ -16,8 +17,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 __all__ = [
     "FusedNetwork",
     "SequentialNetwork",
-    "can_be_fused",
     "forward",
+    "passes_of",
     "precision",
     "reduced_precision",
     "sample_seed",
@@ -70,10 +71,17 @@ def precision(device: torch.device) -> str:
 
 
 def forward(network: Callable[..., torch.Tensor], inputs: torch.Tensor, amp: bool) -> torch.Tensor:
-    """One pass of a 2-D network in channels-last memory format, in bf16 where asked for and fast; fp32 logits."""
+    """One pass of a 2-D network in channels-last memory format, in bf16 where asked for and fast; fp32 logits.
+
+    Raises:
+        ValueError: the network returns something else than one tensor.
+    """
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp and reduced_precision(inputs.device)):
-        return network(inputs).float()
+        logits = network(inputs)
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"The network has to return its logits (B, K, H, W); it returned a {type(logits).__name__}.")
+    return logits.float()
 
 
 @contextlib.contextmanager
@@ -511,7 +519,9 @@ class _Tiles(nn.Module):
         super().__init__()
         self.edge, self.channels = module.stride[0], module.out_channels
         n = self.edge**2
-        convolution = nn.Conv2d(module.in_channels, self.channels * n, 1, bias=module.bias is not None)
+        convolution = nn.utils.skip_init(  # initial weights would be drawn from the global generator
+            nn.Conv2d, module.in_channels, self.channels * n, 1, bias=module.bias is not None
+        )
         weight = module.weight.detach().permute(2, 3, 1, 0)
         convolution.weight = nn.Parameter(weight.reshape(-1, module.in_channels, 1, 1))
         if module.bias is not None:
@@ -634,6 +644,9 @@ class FusedNetwork:
     """
 
     def __init__(self, network: nn.Module, amp: bool) -> None:
+        self.plain = SequentialNetwork(network, amp)
+        own = type(network).__module__.startswith(f"{__package__}.")  # tests compare these
+        self.agrees: bool | None = True if own else None
         self.state = _Pass()
         self.border = getattr(network, "border", 0)
         self.amp = amp
@@ -645,6 +658,26 @@ class FusedNetwork:
         convolutions = [module for module in self.network.modules() if isinstance(module, _Convolution)]
         if self.state.integers and not any(convolution._takes_integers() for convolution in convolutions):
             self.precision = "fp32"
+
+    def trusted(self, image: torch.Tensor) -> "FusedNetwork | SequentialNetwork":
+        """This; or the network's own passes, if fused ones give something else.
+
+        What a network's ``forward`` does with its layers, cannot be seen from outside: it may take a part of a
+        sequence, or share a layer. So one that is not of this package is compared with its own passes, without dropout
+        and with the same masks, in fp32, on the first image (1, C, H, W) that it is asked about.
+        """
+        if self.agrees is None:
+            network = self.plain.network
+            if image.device.type != "cpu":  # where the masks of both are the same
+                network, image = copy.deepcopy(network).cpu(), image.cpu()
+            try:
+                self.agrees = _same_passes(network, image)
+                reason = "their maps are others"
+            except Exception as error:  # of any layer that meets what it does not know
+                self.agrees, reason = False, repr(error)
+            if not self.agrees:
+                _warn_of_plain(network, reason)
+        return self if self.agrees else self.plain
 
     def begin(self) -> None:
         """Forget all of earlier images: nothing of what follows depends on them, to the last bit."""
@@ -687,6 +720,31 @@ class FusedNetwork:
     def forget(self) -> None:
         """Let go of what was computed once for all samples of a slice."""
         self.state.shared.clear()
+
+
+def _same_passes(network: nn.Module, image: torch.Tensor) -> bool:
+    """Whether a network's fused passes give the probabilities of its own, without dropout and with one seed's masks."""
+    maps = []
+    for passes in (FusedNetwork(network, amp=False), SequentialNetwork(network, amp=False)):
+        sure, drawn = passes.deterministic(image, [0], "whole"), passes.sample(image, [0], [0], None, False)
+        maps.append(torch.stack([sure, drawn]).softmax(dim=2))
+    return torch.allclose(*maps, rtol=0, atol=1e-3, equal_nan=True)
+
+
+def _warn_of_plain(network: nn.Module, reason: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s is sampled by its own passes, which take longer than fused ones: %s.", type(network).__name__, reason
+    )
+
+
+def passes_of(network: nn.Module, amp: bool) -> "FusedNetwork | SequentialNetwork":
+    """Fused passes of a network, or, where it cannot be fused, its own."""
+    if can_be_fused(network):
+        try:
+            return FusedNetwork(network, amp)
+        except Exception as error:  # of any layer that meets what it does not know
+            _warn_of_plain(network, repr(error))
+    return SequentialNetwork(network, amp)
 
 
 class SequentialNetwork:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor, decollate_batch, list_data_collate
+from monai.networks.nets import BasicUNet, DynUNet, UNet
 from monai.transforms import Compose, Invertd
 from scipy.stats import entropy
 from torch import nn
@@ -25,6 +26,18 @@ from cardiac_qc_plugin.sampling import reduced_precision, sample_seed
 from cardiac_qc_plugin.transforms import InPlaneSpacingd, SplitUncertaintyd
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def may_be_plain():
+    """For tests of networks that cannot be fused."""
+
+
+@pytest.fixture(autouse=True)
+def fused(request, monkeypatch):
+    """No network of these tests may fall back to its own passes, which are always right."""
+    if "may_be_plain" not in request.fixturenames:
+        monkeypatch.setattr(sampling_module, "_warn_of_plain", lambda network, reason: pytest.fail(reason))
 
 
 def small_network(dropout: float = 0.4) -> DilatedCNN:
@@ -199,6 +212,114 @@ in_bf16 = pytest.mark.skipif(
     not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)(),
     reason="oneDNN's bf16 needs AVX512 instructions",
 )
+
+
+def block(channels_in: int) -> nn.Sequential:
+    layers = [nn.Conv2d(channels_in, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.4))
+
+
+class Peculiar(nn.Module):
+    """What a user's network may do with its layers, by name."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.encoder = nn.Sequential(block(1), block(4))
+        if way == "one dropout at two places":
+            self.encoder[0][6] = self.encoder[1][6] = nn.Dropout2d(0.4)
+        if way == "one dropout by two names":
+            self.encoder[0][6] = self.encoder[1][6] = nn.Identity()
+            self.first = self.second = nn.Dropout2d(0.4)
+        if way == "block with two parents":
+            self.again = nn.ModuleList([self.encoder[1]])
+        if way == "hook":
+            self.encoder[0][3].register_forward_hook(lambda module, args, output: 2 * output)
+        if way == "normalization without weights":
+            self.encoder[0][5] = self.encoder[1][5] = nn.BatchNorm2d(4, affine=False)
+        if way == "statistics of the batch":
+            self.encoder[0][1] = nn.BatchNorm2d(4, track_running_stats=False)
+        if way == "weight norm":
+            nn.utils.weight_norm(self.encoder[0][0])
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "index":
+            first = self.encoder[0](x)
+            return self.last(first + self.encoder[1](first))
+        if self.way == "iteration":
+            parts = [x := part(x) for part in self.encoder]
+            return self.last(sum(parts))
+        if self.way == "slice":
+            return self.last(self.encoder[0][:4](x) + self.encoder(x))
+        if self.way == "one dropout by two names":
+            return self.last(self.second(self.encoder[1](self.first(self.encoder[0](x)))))
+        return self.last(self.encoder(x))
+
+
+PECULIAR = (
+    "index",
+    "iteration",
+    "slice",
+    "one dropout at two places",
+    "one dropout by two names",
+    "block with two parents",
+    "hook",
+    "normalization without weights",
+    "statistics of the batch",
+    "weight norm",
+)
+
+
+@pytest.mark.usefixtures("may_be_plain")
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("way", PECULIAR)
+def test_network_that_does_more_with_its_layers_than_fusing_sees(way, amp):
+    torch.manual_seed(1)
+    network, slices = Peculiar(way), stack(1 if way == "statistics of the batch" else 3, 1, 16, 20)
+    inferer, expected = MCDropoutSliceInferer(samples=4, amp=amp), by_hand(slices, network, samples=4)
+    prepared = inferer.prepare(network)
+    for passes in (network, prepared, prepared):
+        result = split(inferer(slices, passes).numpy())
+        for key, value in result.items():
+            np.testing.assert_allclose(value, expected[key], atol=0.3 if amp else 2e-5, err_msg=key)
+            assert not amp or np.abs(value - expected[key]).mean() < 0.01, key
+
+
+@pytest.mark.usefixtures("may_be_plain")
+def test_networks_of_monai():
+    torch.manual_seed(1)
+    sizes = {"kernel_size": (3, 3, 3), "strides": (1, 2, 2), "upsample_kernel_size": (2, 2)}
+    slices = stack(2, 1, 32, 32)
+    for network in (
+        DynUNet(2, 1, 4, **sizes, filters=(4, 4, 8), dropout=0.3),
+        BasicUNet(2, 1, 4, features=(4, 4, 4, 4, 4, 4), dropout=0.3),
+        UNet(2, 1, 4, channels=(4, 8), strides=(2,), dropout=0.3),
+    ):
+        expected, result = by_hand(slices, network, samples=3), split(infer(slices, network, samples=3))
+        for key, value in result.items():
+            np.testing.assert_allclose(value, expected[key], atol=2e-5, err_msg=f"{type(network).__name__} {key}")
+
+
+@pytest.mark.usefixtures("may_be_plain")
+def test_network_that_returns_a_list_is_refused():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.dropout = nn.Conv2d(1, 4, 1), nn.Dropout2d()
+
+        def forward(self, x):
+            return [self.dropout(self.layer(x))] * 2
+
+    with pytest.raises(ValueError, match=r"has to return its logits \(B, K, H, W\); it returned a list"):
+        infer(stack(1, 1, 8, 8), Deep())
+
+
+@pytest.mark.parametrize("inputs", [torch.full((2, 1, 8, 8), torch.nan), torch.zeros(0, 1, 8, 8)])
+def test_values_that_are_not_finite_are_refused(inputs):
+    with pytest.raises(ValueError, match="Expected finite values"):
+        infer(inputs)
 
 
 @in_bf16
@@ -526,6 +647,7 @@ def snapshot(network: nn.Module) -> tuple[list[bool], dict[str, torch.Tensor]]:
     return [m.training for m in network.modules()], {k: v.clone() for k, v in network.state_dict().items()}
 
 
+@pytest.mark.usefixtures("may_be_plain")
 @pytest.mark.parametrize("mode", [nn.Module.train, nn.Module.eval, mixed_modes])
 @pytest.mark.parametrize("passes", [0, 1, 3, 100])
 def test_network_is_unchanged(mode, passes):
