@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_numpy
 from scipy import ndimage
@@ -24,6 +25,7 @@ from .sampling import (
     sampling,
 )
 from .transforms.regions import crop_box, crop_slice, paint_regions
+from .transforms.spatial import CODES, seen_from_base
 from .transforms.uncertainty import bayesian_map, predictive_entropy
 
 __all__ = ["AutocastInferer", "EnsembleSliceInferer", "FailureRegionInferer", "MCDropoutSliceInferer"]
@@ -367,7 +369,8 @@ class FailureRegionInferer(Inferer):
 
     The network sees a crop around the automatic segmentation of each slice, see
     :func:`~cardiac_qc_plugin.transforms.crop_box`; the probability of a region is painted on all its pixels, and
-    pixels outside the crop are 0.
+    pixels outside the crop are 0. Crops of a stack that is seen from the base, by the affine of a ``MetaTensor``, are
+    mirrored for the network, see :class:`~cardiac_qc_plugin.transforms.SeenFromApexd`.
 
     Args:
         region_size: edge of a region in pixels, the network's output stride.
@@ -396,6 +399,7 @@ class FailureRegionInferer(Inferer):
             raise ValueError(
                 f"Expected image, uncertainty map and segmentation as (B, 3, H, W, D), got shape {tuple(inputs.shape)}."
             )
+        mirrored = _seen_from_base(inputs)
         stacks = convert_to_numpy(inputs).astype(np.float32)
         painted = np.zeros((stacks.shape[0], 1, *stacks.shape[2:]), dtype=np.float32)
         with torch.no_grad(), sampling(network, active=False):
@@ -404,7 +408,19 @@ class FailureRegionInferer(Inferer):
                     box = crop_box(stack[2, ..., z], self.region_size, self.min_size)
                     crop = crop_slice(stack[..., z], box)
                     patch = torch.from_numpy(crop[None, : 3 if self.see_segmentation else 2])
+                    patch = patch.flip(3) if mirrored[index] else patch
                     logits = forward(network, patch.to(inputs.device), self.amp)
                     cells = logits.softmax(dim=1)[0, 1].cpu().numpy()
+                    cells = cells[:, ::-1] if mirrored[index] else cells
                     painted[index, 0, ..., z] = paint_regions(cells, box, stack.shape[1:3], self.region_size)
         return torch.from_numpy(painted).to(inputs.device)
+
+
+def _seen_from_base(inputs: torch.Tensor) -> list[bool]:
+    """For each stack of a batch, see `seen_from_base`; no plain tensor is."""
+    if not isinstance(inputs, MetaTensor):
+        return [False] * len(inputs)
+    count = len(inputs)
+    affines = np.broadcast_to(convert_to_numpy(inputs.affine).reshape(-1, 4, 4), (count, 4, 4))
+    codes = {c: np.broadcast_to(np.ravel(convert_to_numpy(inputs.meta[c])), count) for c in CODES if c in inputs.meta}
+    return [seen_from_base(affines[i], {code: values[i] for code, values in codes.items()}) for i in range(count)]

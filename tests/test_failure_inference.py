@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from sklearn.metrics import fbeta_score
 
 from cardiac_qc_plugin.data.slices import SlicePatchDataset, positive_weight
@@ -52,6 +52,22 @@ def test_inferer_paints_what_the_network_says_of_each_crop(region_size):
         outside = np.ones(SHAPE[:2], dtype=bool)
         outside[max(box[0], 0) : box[1], max(box[2], 0) : box[3]] = False
         assert (painted[0, 0, ..., z].numpy()[outside] == 0).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_mirrored_stack_is_turned_over_for_the_detector(batch):
+    """The same cells as of the stack that is not mirrored, where they lie in the mirrored one."""
+    torch.manual_seed(0)
+    network, inputs = FailureResNet().eval(), stack()[..., :1]  # its crop is as far from both sides
+    inputs[:, 2] = 0
+    inputs[:, 2, 30:60, 31:61] = 3
+    inferer = FailureRegionInferer(amp=False)
+    expected = inferer(inputs, network)
+    affine = torch.diag(torch.tensor([-1.5, 1.5, 8.0, 1.0], dtype=torch.float64))
+    turned = MetaTensor(inputs.flip(3), affine=affine)
+    found = inferer(list_data_collate([turned[0]] * batch), network)
+    torch.testing.assert_close(found, expected.flip(3).expand(batch, -1, -1, -1, -1))
+    assert not torch.equal(inferer(inputs.flip(3), network), expected.flip(3))
 
 
 def test_inferer_shows_the_segmentation_and_restores_the_network():

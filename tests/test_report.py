@@ -25,7 +25,7 @@ from report_cases import (
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom
 from cardiac_qc_plugin.reports import write_case, write_report
 from cardiac_qc_plugin.reports.pages import CONTOURS, FLAG_COLOR
-from cardiac_qc_plugin.reports.pictures import map_colors
+from cardiac_qc_plugin.reports.pictures import map_colors, mirrored_axes
 from cardiac_qc_plugin.reports.report import cohort_page
 from cardiac_qc_plugin.workflows.files import write_json
 
@@ -99,6 +99,27 @@ def test_display_is_transposed_and_mirrored_axes_are_turned_round(tmp_path):
     assert turned.all("rect") == page.all("rect")
     for edge in (np.min, np.max):
         np.testing.assert_array_equal(edge(turned.contours("RV"), axis=0), edge(page.contours("RV"), axis=0))
+
+
+@pytest.mark.parametrize(
+    ("axes", "turned"),
+    [
+        ("LPS", [False, False]),
+        ("LAS", [False, True]),
+        ("RPS", [True, False]),
+        ("RAS", [True, True]),
+        ("IRA", [False, False]),  # Sunnybrook's: turning one axis alone would show the slice from the base
+        ("IRP", [False, False]),
+        ("ILP", [True, False]),
+    ],
+)
+def test_slices_are_seen_from_the_apex(axes, turned):
+    ends = {"L": (-1, 0, 0), "R": (1, 0, 0), "P": (0, -1, 0), "A": (0, 1, 0), "I": (0, 0, -1), "S": (0, 0, 1)}
+    affine = np.eye(4)
+    affine[:3, :3] = np.transpose([ends[end] for end in axes])
+    image = nib.Nifti1Image(np.zeros(SHAPE, np.uint8), affine)
+    assert mirrored_axes(image) == turned
+    assert mirrored_axes(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), None)) == [False, False]  # the header does not say
 
 
 def test_contours_lie_at_the_border_of_each_class(tmp_path):

@@ -1,9 +1,8 @@
 """The slices of a case as layers that a page puts on top of one another: image, uncertainty map, contours, regions.
 
-Display: the first array axis runs to the right and the second one down, as the scanner shows a slice. An axis
-that the affine says is mirrored against that (toward the patient's right, front or head) is turned round. So
-ACDC's files, and files of converters that mirror the rows, give the usual short-axis view: septum and RV on
-the left, anterior wall above, diaphragm below.
+Display: the first array axis runs to the right and the second one down, as the scanner shows a slice. By the affine
+axes are turned round (`mirrored_axes`), so that a slice is seen from the apex. So ACDC's files, and files of converters
+that mirror the rows, give the usual short-axis view: septum and RV on the left, anterior wall above, diaphragm below.
 
 Contours and regions are in quarters of a pixel from the view's upper left corner (`GRID`), all of them integers.
 """
@@ -25,9 +24,10 @@ from skimage.measure import find_contours
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.transforms.regions import flagged_region_map, region_grid
+from cardiac_qc_plugin.transforms.spatial import CODES, seen_from_base
 from cardiac_qc_plugin.workflows.files import Volume, read_volume
 
-__all__ = ["GRID", "MAP_TOP", "Sheet", "draw_sheet", "map_colors", "operating_grid"]
+__all__ = ["GRID", "MAP_TOP", "Sheet", "draw_sheet", "map_colors", "mirrored_axes", "operating_grid"]
 
 GRID = 4  # units of a contour in a pixel
 MAP_TOP = 0.5  # both maps reach it where two of the four classes are equally likely
@@ -70,7 +70,7 @@ class View:
         first, last = np.min(boxes, axis=0) - margin, np.max(boxes, axis=0) + margin
         self.starts = [int(max(first[axis], 0)) for axis in (0, 2)]
         self.stops = [int(min(last[axis], length)) for axis, length in zip((1, 3), scan.data.shape[:2], strict=True)]
-        self.mirrored = [code in ("R", "A", "S") for code in nib.aff2axcodes(scan.image.affine)[:2]]
+        self.mirrored = mirrored_axes(scan.image)
         self.size = tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
         self.size_mm = tuple(length * mm for length, mm in zip(self.size, scan.spacing[:2], strict=True))
 
@@ -88,6 +88,21 @@ class View:
             corner = self.size[axis] - first - length if self.mirrored[axis] else first
             placed |= {"xy"[axis]: GRID * corner + 1, side: GRID * length - 2}
         return placed
+
+
+def mirrored_axes(image: nib.Nifti1Image) -> list[bool]:
+    """Which of the first two axes to turn round, so that a slice is seen from the apex.
+
+    Of the two ways the one that has more of the patient's left and back to the right, and of back and feet below. As
+    stored, where the header does not say how the image lies in the patient.
+    """
+    if not any(image.header[code] for code in CODES):
+        return [False, False]
+    axes = image.affine[:3, :2] / np.linalg.norm(image.affine[:3, :2], axis=0)
+    toward = axes[:, 0] @ (-1, -1, 0), axes[:, 1] @ (0, -1, -1)
+    mirrors = seen_from_base(image.affine, image.header)
+    choices = ([True, False], [False, True]) if mirrors else ([False, False], [True, True])
+    return max(choices, key=lambda turns: sum(-t if turn else t for t, turn in zip(toward, turns, strict=True)))
 
 
 def operating_grid(threshold: float) -> list[float]:

@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import structure_volumes
-from cardiac_qc_plugin.reports.pictures import MAP_TOP
+from cardiac_qc_plugin.reports.pictures import MAP_TOP, mirrored_axes
 from cardiac_qc_plugin.review.journal import Journal
 from cardiac_qc_plugin.review.state import PAUSE, Refused, ReviewState, find_regions, voxel_counts
 from cardiac_qc_plugin.workflows.cine import named_indices
@@ -152,7 +151,7 @@ class CaseReview:
             "shape": self.segmentation.data.shape,
             "spacing": self.segmentation.spacing,
             # as the pictures of the report have it
-            "mirrored": [code in ("R", "A", "S") for code in nib.aff2axcodes(self.segmentation.image.affine)[:2]],
+            "mirrored": mirrored_axes(self.segmentation.image),
             "map": self.qc["detection"]["map"],
         }
 

@@ -16,7 +16,7 @@ from .regions import (
     region_labels,
     uncrop_slice,
 )
-from .spatial import CheckScan, CheckScand, InPlaneSpacingd, LoadScand
+from .spatial import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd
 from .uncertainty import (
     BayesianMap,
     BayesianMapd,
@@ -47,6 +47,7 @@ __all__ = [
     "PredictiveEntropyd",
     "RegionGrid",
     "RegionLabelsd",
+    "SeenFromApexd",
     "SimulateCorrection",
     "SimulateCorrectiond",
     "SplitUncertaintyd",

@@ -8,9 +8,22 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor
-from monai.transforms import LoadImage, LoadImaged, MapTransform, Spacingd, Transform
+from monai.transforms import Flip, InvertibleTransform, LoadImage, LoadImaged, MapTransform, Spacingd, Transform
+from monai.utils import TraceKeys, convert_to_numpy
 
-__all__ = ["CheckScan", "CheckScand", "InPlaneSpacingd", "LoadScand", "check_spacing", "spacing_of"]
+__all__ = [
+    "CheckScan",
+    "CheckScand",
+    "InPlaneSpacingd",
+    "LoadScand",
+    "SeenFromApexd",
+    "check_spacing",
+    "seen_from_base",
+    "spacing_of",
+]
+
+APEX = np.array([-1.0, 1.0, -1.0]) / 3**0.5  # where it lies from the base: left, front, feet
+CODES = ("qform_code", "sform_code")  # both 0: the file does not say how it lies in the patient
 
 
 def check_spacing(spacing: Sequence[float], name: str) -> None:
@@ -85,6 +98,7 @@ class LoadScand(LoadImaged):
                     f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the image's "
                     "grid; if its voxels are in the image's order, give it the image's affine."
                 )
+            own.meta.update({code: like.meta[code] for code in CODES if code in like.meta})
         return d
 
 
@@ -130,6 +144,54 @@ class CheckScand(MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         check = CheckScan()
         return {**data, **{key: check(data[key]) for key in self.key_iterator(data)}}
+
+
+def seen_from_base(affine: np.ndarray, codes: Mapping[str, Any]) -> bool:
+    """Whether slices, first axis to the right and second down, are seen from the base: mirrored, to a reader's eye.
+
+    The usual view is from the apex, as scanners store it and as in ACDC. Converters that turn the second axis, as
+    dcm2niix does, store the other.
+
+    Args:
+        affine: of the stack, (4, 4), to RAS.
+        codes: ``qform_code`` and ``sform_code`` of a NIfTI header; where both are 0 the affine says nothing.
+    """
+    if not any(np.any(convert_to_numpy(codes.get(code, 1))) for code in CODES):
+        return False
+    axes = convert_to_numpy(affine)[:3, :2].astype(float)
+    normal = np.cross(*(axes / np.linalg.norm(axes, axis=0)).T)
+    return bool(normal @ APEX > 0.2)
+
+
+class SeenFromApexd(MapTransform, InvertibleTransform):
+    """Mirror stacks whose header says that they are seen from the base, see `seen_from_base`; others stay as they are.
+
+    A network knows the heart as it saw it in training: in a mirrored one it takes part of the right ventricle for
+    something else. The inverse, through :class:`monai.transforms.Invertd`, returns to the stored order.
+
+    Args:
+        keys: images or labels, channel-first ``(C, H, W, D)``.
+        allow_missing_keys: leave out what is not there.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.flip = Flip(spatial_axis=1)  # the one that dcm2niix turned
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            if seen_from_base(d[key].affine, d[key].meta):
+                d[key] = self.flip(d[key])
+        return d
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            operations = d[key].applied_operations
+            if operations and operations[-1][TraceKeys.CLASS_NAME] == Flip.__name__:
+                d[key] = self.flip.inverse(d[key])
+        return d
 
 
 class InPlaneSpacingd(Spacingd):

@@ -9,8 +9,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
 from scipy.spatial.transform import Rotation
 
-from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand
-from cardiac_qc_plugin.transforms.spatial import check_spacing, spacing_of
+from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd
+from cardiac_qc_plugin.transforms.spatial import check_spacing, seen_from_base, spacing_of
 
 READ = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
 STRAIGHT = np.diag([-1.5, -1.5, 8.0, 1.0])
@@ -323,3 +323,69 @@ def test_missing_keys():
 def test_spacing_is_positive(spacing):
     with pytest.raises(ValueError, match=f"got {spacing}"):
         InPlaneSpacingd("image", spacing=spacing)
+
+
+DIRECTIONS = {"L": (-1, 0, 0), "R": (1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+
+
+@pytest.mark.parametrize(
+    ("right", "down", "base"),
+    [("L", "P", False), ("P", "R", False), ("R", "A", False)]  # ACDC's header, what it holds, and turned by 180 degrees
+    + [("L", "A", True), ("R", "P", True), ("P", "L", True)]  # dcm2niix's order, and others that are mirrored
+    + [("L", "I", False), ("P", "I", False), ("A", "I", True), ("P", "S", True)],  # upright slices, heart to the left
+)
+def test_side_that_slices_are_seen_from(right, down, base):
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = 1.5 * np.array(DIRECTIONS[right]), 1.5 * np.array(DIRECTIONS[down])
+    assert seen_from_base(affine, {}) is base
+    assert not seen_from_base(affine, {"qform_code": np.array(0), "sform_code": 0})  # the file does not say
+
+
+def test_side_of_a_scanners_short_axis():
+    """Row and column of a Sunnybrook cine's kind (LPS to RAS): the usual view, which dcm2niix turns over."""
+    lps = np.array([(-0.104592, 0.346381, -0.932245), (-0.733192, -0.660188, -0.163037)])
+    affine = np.eye(4)
+    affine[:3, :2] = (lps * (-1, -1, 1)).T
+    assert not seen_from_base(affine, {})
+    affine[:3, 1] *= -1
+    assert seen_from_base(affine, {})
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (0, 2), (0, 0)])
+def test_mirrored_stacks_are_turned_over_and_back(tmp_path, codes):
+    """Prepared as the stack that is not mirrored, and inverted to the stored order; not where codes say nothing."""
+    rows, columns, slices = np.indices((21, 24, 4))
+    data = (rows + 3 * columns + 10 * slices).astype(np.float32)
+    labels = (data // 30).astype(np.uint8)
+    files = {}
+    for name, step in (("usual", 1), ("mirrored", -1)):
+        affine = STRAIGHT @ np.diag([1.0, step, 1.0, 1.0])
+        affine[1, 3] = 0 if step == 1 else -1.5 * 23
+        for key, array in (("image", data), ("label", labels)):
+            stored = nib.Nifti1Image(np.ascontiguousarray(array[:, ::step]), affine if any(codes) else None)
+            if any(codes):
+                stored.header.set_qform(affine, codes[0] if key == "image" else 1)  # the label's own do not matter
+                stored.header.set_sform(affine, codes[1] if key == "image" else 1)
+            files[name, key] = str(tmp_path / f"{name}_{key}.nii")
+            nib.save(stored, files[name, key])
+    keys = ["image", "label"]
+    prepare = Compose(
+        [
+            LoadScand(keys, like="image"),
+            EnsureChannelFirstd(keys),
+            SeenFromApexd(keys),
+            InPlaneSpacingd(keys, 2.0, mode=("bilinear", "nearest")),
+        ]
+    )
+    usual, mirrored = (prepare({key: files[name, key] for key in keys}) for name in ("usual", "mirrored"))
+    for key in keys:
+        found, expected = (prepared[key].as_subclass(torch.Tensor) for prepared in (mirrored, usual))
+        if any(codes):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        else:
+            assert not any(operation["class"] == "Flip" for operation in mirrored[key].applied_operations)
+        back = Invertd("pred", prepare, orig_keys=key)(mirrored | {"pred": mirrored[key].clone()})["pred"]
+        reference = LoadImaged(key)({key: files["mirrored", key]})[key]
+        assert back.shape[1:] == reference.shape
+        np.testing.assert_allclose(back.affine, reference.affine, atol=1e-6)
+        assert np.abs(back[0].numpy() - reference.numpy()).max() <= (4 if key == "image" else 1)  # nearest
