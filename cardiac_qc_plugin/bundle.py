@@ -172,6 +172,7 @@ class SegmentWithBundled(Transform):
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
         samples: Monte Carlo samples T.
         device: see :class:`BundlePredictor`.
+        settings: others of the segmentation bundle, such as ``seed`` and ``amp``.
 
     Adds ``segmentation`` and ``uncertainty``, both ``(1, H, W, D)`` on the scan's own grid, to data whose ``image`` was
     read from a file.
@@ -180,8 +181,11 @@ class SegmentWithBundled(Transform):
         ValueError: if only one of the two is there.
     """
 
-    def __init__(self, folder: str | Path, map: str, samples: int, device: torch.device | str = "auto") -> None:
+    def __init__(
+        self, folder: str | Path, map: str, samples: int, device: torch.device | str = "auto", **settings: Any
+    ) -> None:
         self.folder = folder
+        self.settings = settings
         self.map = map
         self.samples = samples
         self.device = str(device)
@@ -197,7 +201,7 @@ class SegmentWithBundled(Transform):
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
             samples = self.samples if self.map == "bmap" else 0  # the e-map needs none
-            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=samples)
+            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=samples, **self.settings)
         result = self.predictor({"image": path})
         return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}
 

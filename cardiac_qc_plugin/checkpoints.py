@@ -53,8 +53,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     """Load a state dict, bare or under ``"model"``, into a network.
 
     Raises:
-        ValueError: if the file is missing, is no state dict, or belongs to another network; the message says how it
-            differs.
+        ValueError: if the file is missing, is no state dict, or belongs to another network, or to a detector of other
+            regions (by the operating point beside it: the weights fit all); the message says how it differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,8 +73,20 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
             f"{len(expected | found)} entries differ, '{wrong[0]}' first. "
             "Check network_def against the bundle they came from."
         )
+    point = _operating_point(path)
+    record = json.loads(point.read_text()) if point.is_file() else {}
+    size = getattr(network, "region_size", None)
+    if size is not None and record.get("region_size", size) != size:
+        raise ValueError(
+            f"{path}: trained for regions of {record['region_size']} pixels, by {point.name}, and used for {size}. "
+            f"Give region_size {record['region_size']}."
+        )
     network.load_state_dict(state)
     return network
+
+
+def _operating_point(weights: str | Path) -> Path:
+    return Path(f"{os.path.splitext(weights)[0]}_operating_point.json")
 
 
 def detector_file(network: str, map: str) -> str:
@@ -111,7 +123,7 @@ def read_threshold(weights: str | Path) -> float:
     Raises:
         ValueError: if there is no such file, or no threshold in it.
     """
-    path = Path(f"{os.path.splitext(weights)[0]}_operating_point.json")
+    path = _operating_point(weights)
     try:
         return float(json.loads(path.read_text())["threshold"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,7 +8,9 @@ from ignite.engine import Engine
 from torch import nn
 
 from cardiac_qc_plugin.checkpoints import EpochCheckpoint, epoch_length, load_weights, save_weights
-from cardiac_qc_plugin.networks import DilatedCNN
+from cardiac_qc_plugin.metrics import VolumeDetection
+from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
+from cardiac_qc_plugin.workflows.operating_point import choose_operating_point
 
 
 def network(seed: int = 0, **options) -> DilatedCNN:
@@ -186,6 +188,18 @@ def test_weights_of_another_network(weights, other, entry):
     for part in (str(weights), type(net).__name__, f"'{entry}'"):
         assert part in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+
+
+def test_detector_of_other_regions_is_refused(tmp_path):
+    """Its weights fit a network for any of them, so the operating point beside them tells."""
+    save_weights(FailureResNet(region_size=4), tmp_path / "model.pt")
+    load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")  # nothing is known of it
+    choose_operating_point(
+        [VolumeDetection([0.2, 0.8], [0, 1], [0, 0], [0])], tmp_path / "model_operating_point.json", region_size=4
+    )
+    load_weights(FailureResNet(region_size=4), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: trained for regions of 4 pixels, .* Give region_size 4\."):
+        load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 40, 250, 300, 1001, 3250, 4500, 8000, 100_000])

@@ -19,25 +19,37 @@ def case_name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def scan_items(folder: str | Path) -> list[dict[str, str]]:
+def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
     """A datalist of the 3-D NIfTI files (``.nii.gz``) in a folder and below, without ACDC's labels and cines.
 
+    Args:
+        folder: where the scans are.
+        output: where results go; files in it are none, also if it lies in the folder.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no scan, or if two have one name, by which the results of one would replace the other's.
 
     Example::
 
-        >>> scan_items("nowhere")
+        >>> scan_items("nowhere", "results")
         Traceback (most recent call last):
         ValueError: nowhere: no scan (.nii.gz) in this folder or below. Check --dataset_dir.
     """
-    paths = sorted(
-        glob(f"{escape(str(folder))}/**/*.nii.gz", recursive=True)
-    )  # unlike rglob, in linked folders as well
-    paths = [path for path in paths if not path.endswith(("_gt.nii.gz", "_4d.nii.gz"))]
-    if not paths:
+    paths = sorted(glob(f"{escape(str(folder))}/**/*.nii.gz", recursive=True))  # unlike rglob, in linked folders too
+    own, real = Path(output).resolve(), {}
+    for path in paths:
+        if not path.endswith(("_gt.nii.gz", "_4d.nii.gz")) and own not in (file := Path(path).resolve()).parents:
+            real.setdefault(file, path)  # links may reach a file twice
+    if not real:
         raise ValueError(f"{folder}: no scan (.nii.gz) in this folder or below. Check --dataset_dir.")
-    return [{"image": path} for path in paths]
+    names: dict[str, str] = {}
+    for path in real.values():
+        if (first := names.setdefault(case_name(path), path)) != path:
+            raise ValueError(
+                f"{first} and {path} have one name, and so would their results. Rename one of them, or use "
+                "`python scripts/pipeline.py run`, which names results by the folder as well."
+            )
+    return [{"image": path} for path in real.values()]
 
 
 def with_predictions(
@@ -53,17 +65,20 @@ def with_predictions(
         model: the network that segmented the images, ``"drn"`` for ``cardiac_drn_segmentation``.
 
     Raises:
-        ValueError: for an unknown map, if a file is missing, or if the segmentation was made by the bundle of another
-            network, to go with the other map, or with too few samples for a b-map; the message names the file.
+        ValueError: for an unknown map, if a file is missing, if two images would take one, or if the segmentation was
+            made by the bundle of another network, to go with the other map, or with too few samples for a b-map; the
+            message names the file.
     """
     if map not in MAP_FILES:
         raise ValueError(f"Unknown uncertainty map '{map}': choose one of {sorted(MAP_FILES)}.")
-    result = []
+    result, taken = [], {}
     for item in items:
         image = Path(item["image"])
         names = (case_name(image), f"{image.parent.name}_{case_name(image)}")  # as `find_scans` has them
         folders = [Path(folder) / name for name in names for folder in ensure_tuple(predictions_dir)]
         folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        if (first := taken.setdefault(folder, image)) != image:
+            raise ValueError(f"{folder}: of {first} or {image}? Give predictions that `segment` made of these images.")
         files = {"segmentation": folder / "segmentation.nii.gz", "uncertainty": folder / MAP_FILES[map]}
         for path in files.values():
             if not path.is_file():

@@ -79,7 +79,9 @@ class RegionAveragePrecision(Metric):
         return region_average_precision(self.volumes)
 
 
-def choose_operating_point(volumes: Sequence[VolumeDetection], output: str | Path, beta: float = 2.0) -> float:
+def choose_operating_point(
+    volumes: Sequence[VolumeDetection], output: str | Path, beta: float = 2.0, region_size: int = 8
+) -> float:
     """Choose the threshold with the largest F-beta over regions, and write it with its figures.
 
     Warns of a detector whose order of the regions is no better than a random one: some trainings do not get going.
@@ -88,12 +90,14 @@ def choose_operating_point(volumes: Sequence[VolumeDetection], output: str | Pat
         volumes: what the detector said of validation volumes.
         output: JSON file for the threshold and what it catches in these volumes.
         beta: weight of recall over precision; 2, since a missed failure costs more than a glance at a sound region.
+        region_size: edge of a region in pixels, which is noted: :func:`~cardiac_qc_plugin.checkpoints.load_weights`
+            refuses the weights beside it to a network of another.
 
     Returns:
         The threshold.
     """
     threshold = choose_threshold(volumes, beta=beta)
-    figures = write_operating_point(volumes, threshold, output, beta=beta)
+    figures = write_operating_point(volumes, threshold, output, beta=beta, region_size=region_size)
     log = logging.getLogger(__name__)
     log.info("Operating point %.3f on %d volumes: %s", threshold, len(volumes), figures)
     precision, failing = region_average_precision(volumes), figures["regions_failing"]

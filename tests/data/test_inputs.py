@@ -120,6 +120,8 @@ def test_predictions_of_images_that_are_named_by_their_folder(tmp_path):
         (tmp_path / "p1_sax").mkdir(exist_ok=True)
         (tmp_path / "p1_sax" / name).touch()
     (item,) = with_predictions([{"image": "/data/p1/sax.nii.gz"}], tmp_path, "emap", "drn")
+    with pytest.raises(ValueError, match="of /data/p1/sax.nii.gz or /elsewhere/p1/sax.nii.gz"):
+        with_predictions([{"image": f"/{a}/p1/sax.nii.gz"} for a in ("data", "elsewhere")], tmp_path, "emap", "drn")
     assert item["segmentation"] == str(tmp_path / "p1_sax" / "segmentation.nii.gz")
 
 

@@ -435,9 +435,18 @@ def test_scans_of_a_bundles_folder(tmp_path):
     ):
         path.touch()
     expected = [{"image": str(folder / name)} for name in ("below/a.nii.gz", "link/b.nii.gz")]
-    assert scan_items(folder) == expected
+    assert scan_items(folder, tmp_path / "out") == expected
+    (folder / "results").mkdir()
+    (folder / "results" / "a_segmentation.nii.gz").touch()  # of an earlier run
+    assert scan_items(folder, folder / "results") == expected
+    (folder / "twice").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert scan_items(folder, folder / "results") == expected
+    (folder / "other").mkdir()
+    (folder / "other" / "a.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"below/a.nii.gz and .*other/a.nii.gz have one name"):
+        scan_items(folder, folder / "results")
     with pytest.raises(ValueError, match="nowhere: no scan"):
-        scan_items(tmp_path / "nowhere")
+        scan_items(tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_help_lists_options_only():

@@ -416,7 +416,7 @@ class Grid:
         if detections:
             name = f"{self.run_folder(*key, ALL)}/operating_point"
             config = ConfigParser.load_config_files(training.info["configs"])
-            rule = {name: config[name] for name in ("criterion", "beta")}
+            rule = {name: config[name] for name in ("criterion", "beta", "region_size")}
             found.append(
                 self.stage(
                     name,

@@ -131,7 +131,7 @@ def pool_operating_point(
         cases, failures = each_case(detection.folder, partial(measure_case, references=references), "operating point")
         complete(Outcome("", failures))
         volumes += [case.detection[rule["criterion"]] for case in cases.values()]
-    choose_operating_point(volumes, stage.folder / "operating_point.json", rule["beta"])
+    choose_operating_point(volumes, stage.folder / "operating_point.json", rule["beta"], rule["region_size"])
 
 
 def complete(outcome: Outcome) -> None:
