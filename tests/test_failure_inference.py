@@ -161,6 +161,8 @@ def test_cells_of_the_padding_are_no_regions():
     data = {"p": painted[None], "labels": np.zeros((1, 64, 64, 1)), "image": painted[None]}
     result = FlagRegionsd("p", "labels", threshold=0.5)(data)["result"]
     assert result["n_regions"] == 64 and result["expected_failing_regions"] == pytest.approx(64 * 0.2)
+    with pytest.raises(ValueError, match=r"shape \(64, 64, 1\), and labels of \(80, 80, 1\)"):
+        FlagRegionsd("p", "labels", threshold=0.5)(data | {"labels": np.zeros((1, 80, 80, 1))})
 
 
 def test_operating_point_has_the_largest_f2(tmp_path):

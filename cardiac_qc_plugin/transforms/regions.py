@@ -328,6 +328,9 @@ class FlagRegionsd(MapTransform):
         regions_key: where the map of region ids goes, see `flagged_region_map`.
         result_key: where a dictionary for reports goes: threshold, region_size, boxes, n_regions,
             expected_failing_regions (the sum of the probabilities), flagged_slices, regions.
+
+    Raises:
+        ValueError: when called, for probabilities and labels of different shapes, and as `flagged_region_map`.
     """
 
     def __init__(
@@ -354,6 +357,8 @@ class FlagRegionsd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             painted, labels = convert_to_numpy(d[key])[0], convert_to_numpy(d[self.segmentation_key])[0]
+            if painted.shape != labels.shape:
+                raise ValueError(f"Failure probabilities of shape {painted.shape}, and labels of {labels.shape}.")
             boxes = [crop_box(labels[..., i], self.region_size, self.min_size) for i in range(labels.shape[2])]
             grid = region_grid(boxes, painted.shape, self.region_size)
             regions, records = flagged_region_map(painted, grid, self.threshold)

@@ -147,7 +147,7 @@ def accept_edits(
         ValueError: a file is missing or damaged, lies on another grid, or edits outside with "error".
     """
     flagged, regions = read_flagged(folder, segmentation)
-    edits = as_stored(read_labels(edited), segmentation).data
+    edits = as_stored(edited, read_labels(edited), segmentation).data
     try:
         labels, report = apply_edits(segmentation.data, edits, flagged, on_outside)
     except ValueError as error:

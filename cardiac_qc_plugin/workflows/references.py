@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from cardiac_qc_plugin.data.acdc import read_info
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
+from cardiac_qc_plugin.transforms.spatial import CODES
 from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
 
 __all__ = [
@@ -150,15 +151,34 @@ def read_labels(path: Path) -> Volume:
     return Volume(labels, volume.spacing, volume.image)
 
 
-def as_stored(labels: Volume, prediction: Volume) -> Volume:
-    """Labels in the order of the prediction's voxels, where they were saved with axes turned or swapped."""
+def as_stored(path: Path, labels: Volume, prediction: Volume) -> Volume:
+    """Labels of a file in the order of the prediction's voxels, where they were saved with axes turned or swapped.
+
+    Raises:
+        ValueError: if the axes are others than the prediction's, and turned back do not lie where it lies.
+    """
     own, other = labels.image.affine, prediction.image.affine
+    says_nothing = not any(labels.image.header[code] for code in CODES)
+    if says_nothing or nib.aff2axcodes(own) == nib.aff2axcodes(other):
+        return labels
     turn = nib.orientations.ornt_transform(nib.io_orientation(own), nib.io_orientation(other))
-    affine = own @ nib.orientations.inv_ornt_aff(turn, labels.data.shape)
-    if not np.allclose(affine, other, atol=0.01):
-        return labels  # a tool that does not keep the position; its order of voxels is all there is
+    back = nib.orientations.inv_ornt_aff(turn, labels.data.shape)
+    pairs = ((own, other), (_in_mm(labels), _in_mm(prediction)))
+    if not any(np.allclose(first @ back, second, atol=0.01) for first, second in pairs):
+        axes, wanted = ("".join(nib.aff2axcodes(affine)) for affine in (own, other))
+        raise ValueError(
+            f"{path}: its axes run otherwise than the prediction's ({axes}, not {wanted}), and turned back it lies "
+            "elsewhere. Save it on the scan's grid; if its voxels are in the scan's order, give it the scan's affine."
+        )
     spacing = tuple(labels.spacing[axis] for axis in np.argsort(turn[:, 0]).astype(int))
     return Volume(nib.orientations.apply_orientation(labels.data, turn), spacing, prediction.image)
+
+
+def _in_mm(volume: Volume) -> np.ndarray:
+    """The affine with the header's voxel sizes: ACDC's says 1 mm."""
+    affine = volume.image.affine.copy()
+    affine[:3, :3] *= np.array(volume.spacing) / np.linalg.norm(affine[:3, :3], axis=0)
+    return affine
 
 
 def read_reference(path: Path, prediction: Volume) -> np.ndarray:
@@ -175,7 +195,7 @@ def read_reference(path: Path, prediction: Volume) -> np.ndarray:
         if name["mark"] or name["stem"] == "segmentation":
             raise
         raise ValueError(f"{error} If it is the scan, its labels {name['stem']}_gt.nii.gz are missing.") from error
-    reference = as_stored(labels, prediction)
+    reference = as_stored(path, labels, prediction)
     if reference.data.shape != prediction.data.shape:
         raise ValueError(
             f"{path}: shape {reference.data.shape}, but the prediction has {prediction.data.shape}. "

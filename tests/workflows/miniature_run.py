@@ -51,13 +51,16 @@ def load(path):
 
 
 def cells_inside(box):
-    """Row, column, and the part in the image of every cell of a box."""
+    """Row, column, and the part in the image of every cell of a box that has one."""
     for i in range((box[1] - box[0]) // REGION):
         for j in range((box[3] - box[2]) // REGION):
             top, left = box[0] + i * REGION, box[2] + j * REGION
-            rows = slice(max(top, 0), max(min(top + REGION, SHAPE[0]), 0))
-            cols = slice(max(left, 0), max(min(left + REGION, SHAPE[1]), 0))
-            yield i, j, rows, cols
+            rows, cols = (
+                slice(max(top, 0), min(top + REGION, SHAPE[0])),
+                slice(max(left, 0), min(left + REGION, SHAPE[1])),
+            )
+            if rows.start < rows.stop and cols.start < cols.stop:
+                yield i, j, rows, cols
 
 
 def write_case(folder, prediction, reference, seed, threshold=0.5):

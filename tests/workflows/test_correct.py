@@ -319,6 +319,25 @@ def test_a_reference_with_turned_axes_is_turned_back(tmp_path, axes):
     np.testing.assert_array_equal(reference, labels)
 
 
+def test_turned_axes_of_a_reference_beside_acdcs_affine(tmp_path):
+    """ACDC's affines say 1 mm: a reference with the true one, and turned axes, is turned back, or refused."""
+    labels = heart(1)[:, :-2]
+    scan = nib.Nifti1Image(labels, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    scan.header.set_zooms((1.5, 1.2, 8.0))
+    content = bytearray(scan.to_bytes())
+    content[80:92] = np.array([1.5, 1.2, 8.0], "<f4").tobytes()  # pixdim only
+    (tmp_path / "a.nii").write_bytes(content)
+    prediction = read_volume(tmp_path / "a.nii")
+    assert prediction.spacing == pytest.approx((1.5, 1.2, 8)) and abs(prediction.image.affine[0, 0]) == 1
+    true = nib.Nifti1Image(labels, np.diag([-1.5, -1.2, 8.0, 1.0]))
+    nib.save(nib.as_closest_canonical(true), tmp_path / "a_gt.nii.gz")
+    np.testing.assert_array_equal(read_reference(tmp_path / "a_gt.nii.gz", prediction), labels)
+    elsewhere = nib.Nifti1Image(labels, np.diag([1.5, 1.2, 8.0, 1.0]))  # the voxels' order, and other axes
+    nib.save(elsewhere, tmp_path / "a_gt.nii.gz")
+    with pytest.raises(ValueError, match=r"a_gt.nii.gz: its axes run otherwise than the prediction's \(RAS, not LPS\)"):
+        read_reference(tmp_path / "a_gt.nii.gz", prediction)
+
+
 def test_references_of_cases_that_are_named_by_their_folder(tmp_path):
     """As `find_scans` names them, where several patients have files of the same names."""
     for patient in ("p1", "p2"):
