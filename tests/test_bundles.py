@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -216,6 +217,34 @@ def test_two_processes_train_and_evaluate(acdc_like, tmp_path):
     train("cardiac_dn_segmentation", acdc_like, tmp_path, "evaluate.yaml", output_dir=str(tmp_path / "one"), **settings)
     alone = csv_rows(tmp_path / "one" / "val_mean_dice_raw.csv")
     assert len(alone) == 10 and sorted(map(str, together)) == sorted(map(str, alone))
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_mirrored_stacks_are_trained_on_as_others(bundle, acdc_like, tmp_path):
+    """What a converter stored mirrored, image and label and maps, becomes what the network sees of the scan itself."""
+    item = json.loads((acdc_like / "folds.json").read_text())["training"][0]
+    folder = acdc_like / "predictions" / Path(item["image"]).name.removesuffix(".nii.gz")
+    files = {"image": acdc_like / "data" / item["image"], "label": acdc_like / "data" / item["label"]}
+    if "failure" in bundle:
+        files |= {"segmentation": folder / "segmentation.nii.gz", "uncertainty": folder / "bayesian.nii.gz"}
+    stored = {"usual": {}, "mirrored": {}}
+    for key, path in files.items():
+        volume = read_volume(path)
+        for name, step in (("usual", 1), ("mirrored", -1)):
+            affine = np.diag([-volume.spacing[0], -step * volume.spacing[1], volume.spacing[2], 1.0])
+            affine[1, 3] = 0 if step == 1 else -volume.spacing[1] * (volume.data.shape[1] - 1)
+            stored[name][key] = str(tmp_path / f"{name}_{key}.nii.gz")
+            nib.save(nib.Nifti1Image(np.ascontiguousarray(volume.data[:, ::step]), affine), stored[name][key])
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "bundles" / bundle / "configs" / "train.json"))
+    parser.update({"bundle_root": str(ROOT / "bundles" / bundle)})
+    prepare = parser.get_parsed_content("train#preprocessing")
+    usual, mirrored = (prepare(stored[name]) for name in ("usual", "mirrored"))
+    for key in ("image", "label"):
+        assert usual[key].any()
+        torch.testing.assert_close(
+            *(one[key].as_subclass(torch.Tensor) for one in (mirrored, usual)), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("fold", [1, -1])

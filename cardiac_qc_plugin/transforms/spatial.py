@@ -92,7 +92,8 @@ class LoadScand(LoadImaged):
                     f"{path}: shape {shape}, but {like.meta['filename_or_obj']} has {wanted}. Give the {key} of this "
                     "scan, on its own grid."
                 )
-            axes, wanted = ("".join(nib.aff2axcodes(image.affine)) for image in (own, like))
+            # the affine of the file: a transform may have turned the image since
+            axes, wanted = ("".join(nib.aff2axcodes(i.meta.get("original_affine", i.affine))) for i in (own, like))
             if axes != wanted:
                 raise ValueError(
                     f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the image's "
