@@ -102,8 +102,8 @@ def group_cines(cases: Iterable[dict[str, Any]], output: Path, given: Given = (N
         cases: content of each ``qc.json``. Phases of a cine are named ``<cine>/phaseNN``; pairs ``<patient>_ed`` and
             ``<patient>_es``, or ``<patient>_frameNN`` with ACDC's ``Info.cfg`` beside the images.
         output: the run's output folder.
-        given: phases of end-diastole and end-systole of all cines, as numbered in their names. Those of ACDC are
-            taken from ``Info.cfg``.
+        given: phases of end-diastole and end-systole of all cines, as numbered in their names. Those that are None
+            are taken from ACDC's ``Info.cfg``, if there is one.
     """
     phases: dict[str, dict[int, dict]] = {}
     pairs: dict[str, dict[str, dict]] = {}
@@ -119,7 +119,8 @@ def group_cines(cases: Iterable[dict[str, Any]], output: Path, given: Given = (N
     cines = []
     for name, own in phases.items():
         info = acdc_info(next(iter(own.values())))
-        known = (int(info["ED"]) - 1, int(info["ES"]) - 1) if info and given == (None, None) else given
+        frames = [int(info[phase]) - 1 if info else None for phase in ("ED", "ES")]
+        known = tuple(frame if one is None else one for one, frame in zip(given, frames, strict=True))
         cines.append(Cine(name, own, known, output))
     both = {name: own for name, own in pairs.items() if {"ED", "ES"} <= own.keys()}
     return cines + [Cine(name, {0: own["ED"], 1: own["ES"]}, (0, 1), output) for name, own in both.items()]
@@ -199,7 +200,7 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
         "cases": [qc["case"] for qc in cine.phases.values()],
         "ed_phase": chosen[0],
         "es_phase": chosen[1],
-        "ed_es": "given" if chosen == cine.given else "found from the LV volume",
+        "ed_es": origin(chosen, cine.given),
         "found": dict(zip(("ed_phase", "es_phase"), cine.find(), strict=True)),
         "subject": subject,
         "notes": cine.source.get("notes", []),
@@ -224,6 +225,15 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
             phase: dict(Counter(level[phase][z] for z in slices)) for phase, slices in flagged.items() if level[phase]
         },
     }
+
+
+def origin(chosen: Given, given: Given) -> str:
+    """Where end-diastole and end-systole come from, in words."""
+    ed, es = (
+        "not known" if phase is None else "found from the LV volume" if known is None else "given"
+        for phase, known in zip(chosen, given, strict=True)
+    )
+    return ed if ed == es else f"ED {ed}, ES {es}"
 
 
 def named_indices(ed: Mapping[str, float], es: Mapping[str, float], area: float | None) -> dict[str, float]:

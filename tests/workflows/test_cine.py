@@ -73,6 +73,7 @@ def test_indices_of_a_cine(tmp_path):
 def test_given_phases_are_respected(tmp_path):
     (record,) = written(cine(tmp_path), tmp_path, given=(7, None))
     assert (record["ed_phase"], record["es_phase"]) == (7, 3)
+    assert record["ed_es"] == "ED given, ES found from the LV volume"
     assert record["indices"]["lv_edv_ml"] == 110 and record["found"] == {"ed_phase": 0, "es_phase": 3}
     with pytest.raises(ValueError, match="no phase 9 among its 8"):
         written(cine(tmp_path), tmp_path, given=(9, None))
@@ -87,6 +88,13 @@ def test_acdc_tells_phases_height_and_weight(tmp_path):
     pair = [case(f"heart_frame{f:02d}", ml, path=str(tmp_path / "x.nii.gz")) for f, ml in ((8, 110), (4, 60))]
     (record,) = written(pair, tmp_path)
     assert record["case"] == "heart" and record["indices"]["lv_edv_ml"] == 110
+
+
+@pytest.mark.parametrize(("given", "expected"), [((5, None), (5, 6)), ((None, 5), (1, 5)), ((5, 4), (5, 4))])
+def test_acdc_tells_the_phase_that_no_option_gives(tmp_path, given, expected):
+    (tmp_path / "Info.cfg").write_text("ED: 2\nES: 7\n")
+    (record,) = written(cine(tmp_path, path=str(tmp_path / "heart.nii.gz")), tmp_path, given)
+    assert (record["ed_phase"], record["es_phase"], record["ed_es"]) == (*expected, "given")
 
 
 def test_a_jump_is_flagged(tmp_path):
@@ -123,7 +131,8 @@ def test_flagged_slices_are_named_by_their_third(tmp_path):
 
 def test_no_lv_at_all(tmp_path):
     (record,) = written(cine(tmp_path, [0, 0, 0, 0]), tmp_path)
-    assert record["ed_phase"] is None and record["indices"] == {} and "no indices" in describe_cine(record)
+    assert record["ed_phase"] is None and record["ed_es"] == "not known"
+    assert record["indices"] == {} and "no indices" in describe_cine(record)
 
 
 def test_a_phase_that_is_lost_after_the_plan(tmp_path):
