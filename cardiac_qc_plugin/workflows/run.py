@@ -337,7 +337,8 @@ def preview_cines(
     wanted = {scan.case for scan in scans} - {scan.case for scan in phases}
     plans = {}
     for cine in group_cines(cases, output, given):
-        plans[cine.name] = digest(preview[0].digest, given, *(qc["input"]["sha256"] for qc in cine.phases.values()))
+        images = (qc["input"]["sha256"] for qc in cine.phases.values())
+        plans[cine.name] = digest(preview[0].digest, cine.given, *images)
         try:
             chosen = plan_phases(cine, plans[cine.name])
         except ValueError:  # said again, and noted, where the cine is measured

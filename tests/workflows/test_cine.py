@@ -193,3 +193,15 @@ def test_samples_at_ed_and_es_only(bundles, tmp_path):  # noqa: F811
     assert "LV EF" in (tmp_path / "out" / "report.html").read_text()
     page = (tmp_path / "out" / "heart_4d" / "phase01" / "report.html").read_text()
     assert 'id="volumes"' in page and "../phase00/report.html" in page
+
+
+def test_a_corrected_info_makes_a_new_plan(bundles, tmp_path):  # noqa: F811
+    phantom = ShortAxisPhantom(seed=1, shape=(40, 40), n_slices=2, spacing=(4.0, 4.0, 20.0))
+    path = write_phantom(tmp_path / "in", "heart", phantom, cine_frames=4, with_labels=False)["4d"]
+    full, preview = predictors(bundles, "bmap", 2), predictors(bundles, "emap", 0)
+    for es in (2, 3):
+        (path.parent / "Info.cfg").write_text(f"ED: 1\nES: {es}\n")
+        cases = run(find_scans(path), tmp_path / "out", *full, preview=preview)
+        record = json.loads((tmp_path / "out" / "heart_4d" / "cine.json").read_text())
+        assert (record["ed_phase"], record["es_phase"], record["ed_es"]) == (0, es - 1, "given")
+        assert cases[es - 1]["segmentation"]["map"] == "bmap"
