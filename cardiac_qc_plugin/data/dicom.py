@@ -30,6 +30,10 @@ LONG_AXIS_TOLERANCE = 45.0  # degrees; long-axis views are 90 away, axial, coron
 MIN_SLICES, MIN_PHASES = 4, 6  # fewer make neither a volume nor a cine
 SAME_POSITION = 0.5  # mm
 SPACING_TOLERANCE = 0.1  # of the distance between slices
+SUBJECT = {  # by keyword: what it is here, its factor, and the least and largest that a body has, in the file's unit
+    "PatientSize": ("height_cm", 100, 0.3, 2.5, "m"),
+    "PatientWeight": ("weight_kg", 1, 1, 400, "kg"),
+}
 NO_CINE = re.compile(
     r"(?<![a-z])(loc|localizer|localiser|scout|survey|haste|lge|psir|ir|t1|t2|t2star|molli|shmolli|map|perf|perfusion|"
     r"flow|velocity|pc|phase contrast|tag|tagging|phase map)(?![a-z])",
@@ -178,10 +182,11 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
             skipped.append(Skipped(label, len(group), str(error), failed=True))
             continue
         header = headers[stack.first.file]
-        notes = stack.notes
+        notes = [*stack.notes]
         if repeated[label]:
-            notes = [*notes, f"{repeated[label]} image(s) were there more than once; one of each is used."]
-        stacks.append(replace(stack, notes=notes, subject=_subject(header), names=_names(header, stack.first.file)))
+            notes.append(f"{repeated[label]} image(s) were there more than once; one of each is used.")
+        subject = _subject(header, notes)
+        stacks.append(replace(stack, notes=notes, subject=subject, names=_names(header, stack.first.file)))
     return Contents(stacks, _without_names(skipped, headers.values()))
 
 
@@ -484,12 +489,20 @@ def _regular(columns: list[list[Plane]], notes: list[str]) -> tuple[list[list[Pl
     return filled, float(step)
 
 
-def _subject(header: Dataset) -> dict[str, float]:
-    found = {
-        "height_cm": 100 * float(header.get("PatientSize") or 0),
-        "weight_kg": float(header.get("PatientWeight") or 0),
-    }
-    return {name: round(value, 1) for name, value in found.items() if value > 0}
+def _subject(header: Dataset, notes: list[str]) -> dict[str, float]:
+    """Height and weight, without those that cannot be: the body surface area goes by them."""
+    found = {}
+    for keyword, (name, factor, least, most, unit) in SUBJECT.items():
+        try:
+            value = float(header.get(keyword) or 0)
+        except (TypeError, ValueError):
+            notes.append(f"{keyword} is not one number; it is not used.")
+            continue
+        if least <= value <= most:
+            found[name] = round(factor * value, 1)
+        elif value != 0:  # which stands for an unknown one
+            notes.append(f"{keyword} is {value:g}, not from {least:g} to {most:g} {unit}; it is not used.")
+    return found
 
 
 def _names(header: Dataset, file: Path) -> dict[str, str]:

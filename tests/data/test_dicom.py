@@ -20,7 +20,9 @@ from dicom_files import (
     write,
 )
 from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate
+from pydicom.tag import Tag
 from pydicom.uid import (
     JPEG2000Lossless,
     JPEGLosslessSV1,
@@ -64,6 +66,27 @@ def test_shuffled_files_with_meaningless_names(tmp_path):
     assert stack.times == pytest.approx([40.0 * t + 10 for t in range(PHASES)])
     assert stack.notes == [] and contents.skipped == []
     assert stack.subject == {"height_cm": 165.0, "weight_kg": 60.0}
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")  # while writing
+@pytest.mark.parametrize(
+    ("size", "weight", "subject", "noted"),
+    [
+        (b"175 ", b"60", {"weight_kg": 60.0}, ["PatientSize is 175, not from 0.3 to 2.5 m; it is not used."]),
+        (b"1,75", b"60", {"weight_kg": 60.0}, ["PatientSize is not one number; it is not used."]),
+        (b"1.7\\1.8 ", b"60", {"weight_kg": 60.0}, ["PatientSize is not one number; it is not used."]),
+        (b"1.65", b"60000 ", {"height_cm": 165.0}, ["PatientWeight is 60000, not from 1 to 400 kg; it is not used."]),
+        (b"0 ", b"", {}, []),
+    ],
+)
+def test_height_and_weight_that_cannot_be(tmp_path, size, weight, subject, noted):
+    images = cine()
+    for ds in images:
+        for tag, content in ((0x00101020, size), (0x00101030, weight)):
+            ds._dict[Tag(tag)] = RawDataElement(Tag(tag), "DS", len(content), content, 0, False, True)
+    write(tmp_path, images)
+    stack = only(stacks_in(tmp_path))
+    assert stack.subject == subject and stack.notes == noted
 
 
 @pytest.mark.parametrize("flip", ["order", "rows", "columns", "both"])
