@@ -197,17 +197,18 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], di
     headers: dict[Path, Dataset] = {}
     with config.disable_value_validation():  # UIDs with leading zeros, invalid dates
         for file in files:
-            label = f"file {file.name}"
+            damaged = f"file {file.name}"
             try:
                 header = dcmread(file, stop_before_pixels=True, force=True)
                 headers[file] = header
                 if header.get("SOPClassUID") != MediaStorageDirectoryStorage:
-                    label = _label(header) if "SOPClassUID" in header else label
+                    of_series = "SOPClassUID" in header and ("SeriesInstanceUID" in header or "Rows" in header)
+                    label = _label(header) if of_series else damaged
                     planes += _planes(file, header)
             except UnusableError as error:
                 reasons[label, str(error)] += 1
             except Exception as error:  # pydicom's errors are of many kinds
-                reasons[label, f"cannot be read as DICOM ({type(error).__name__}: {error})"] += 1
+                reasons[damaged, f"cannot be read as DICOM ({type(error).__name__}: {error})"] += 1
     return planes, [Skipped(label, count, reason) for (label, reason), count in reasons.items()], headers
 
 
@@ -224,11 +225,18 @@ def _integer(value: Any) -> int | None:
 
 
 def _planes(file: Path, header: Dataset) -> list[Plane]:
-    """The planes of a file, or why it has none."""
+    """The planes of a file.
+
+    Raises:
+        UnusableError: why it has none, as others of its series.
+        Exception: it is damaged.
+    """
     kind = header.get("SOPClassUID")
     if kind not in (MRImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage):
         name = getattr(kind, "name", None) or "no SOPClassUID"
         raise UnusableError(f"not an MR image ({name})")
+    if "BitsAllocated" not in header:  # every image has it, after what tells its place
+        raise EOFError("its header ends too early")
     if header.get("SamplesPerPixel", 1) != 1:
         raise UnusableError("a color picture, not an MR image")
     if header.get("PhotometricInterpretation", "MONOCHROME2") != "MONOCHROME2":
@@ -239,7 +247,7 @@ def _planes(file: Path, header: Dataset) -> list[Plane]:
         return [_plane(file, 0, header, header, header, header, header, header)]
     frames = header.get("PerFrameFunctionalGroupsSequence") or []
     if len(frames) != int(header.get("NumberOfFrames") or 1):
-        raise UnusableError(f"{len(frames)} frames described, {header.get('NumberOfFrames')} in the file")
+        raise ValueError(f"{len(frames)} frames described, {header.get('NumberOfFrames')} in the file")
     groups = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "CardiacSynchronization")
     groups += ("PixelValueTransformation", "FrameContent")
     return [

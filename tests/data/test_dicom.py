@@ -424,6 +424,26 @@ def test_damaged_files_are_named_and_the_cine_is_read(tmp_path):
     assert skipped.series == "file garbage"
 
 
+@pytest.mark.filterwarnings("ignore:.*file")  # pydicom's, of the end of the file
+def test_a_file_that_ends_within_its_header_is_named(tmp_path):
+    *files, cut = write(tmp_path, cine())
+    content = cut.read_bytes()
+    for end in range(140, content.index(b"\x28\0\0\1US") + 4, 4):  # to BitsAllocated
+        cut.write_bytes(content[:end])
+        (skipped,) = find_stacks([cut]).skipped
+        assert skipped.series == f"file {cut.name}", f"{end}: {skipped}"
+    stack = only(stacks_in(tmp_path))
+    assert len(stack.phases) == PHASES and "7 phases instead of 8" in stack.notes[0]
+
+
+def test_a_multi_frame_file_without_some_of_its_frames_is_named(tmp_path):
+    ds = enhanced([(z, t) for z in range(SLICES) for t in range(PHASES)])
+    del ds.PerFrameFunctionalGroupsSequence[-1]
+    write(tmp_path, [ds])
+    (skipped,) = stacks_in(tmp_path).skipped
+    assert skipped.series == "file IM0000" and "39 frames described, 40 in the file" in skipped.reason
+
+
 def test_truncated_pixels_are_an_error_that_names_the_file(tmp_path):
     files = write(tmp_path, cine())
     files[3].write_bytes(files[3].read_bytes()[:-20])
