@@ -138,16 +138,24 @@ class Contents:
 
 
 def dicom_files(path: str | Path) -> list[Path]:
-    """DICOM files in a folder and below it, by their content and whatever their names; or the file itself."""
+    """DICOM files in a folder and below it, by their content and whatever their names; or the file itself.
+
+    A file that cannot be opened is among them, so that it is named with the reason where files are read.
+    """
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [f for f in files if not f.name.endswith((".nii", ".nii.gz")) and f.is_file() and _is_dicom(f)]
+    return [f for f in files if not f.name.endswith((".nii", ".nii.gz")) and _is_dicom(f)]
 
 
 def _is_dicom(file: Path) -> bool:
     """With the preamble, or without it the first tag in group 2 or 8, as old files have it."""
-    with open(file, "rb") as stream:
-        start = stream.read(132)
+    try:
+        if not file.is_file():
+            return False
+        with open(file, "rb") as stream:
+            start = stream.read(132)
+    except OSError:
+        return True
     if start[128:] == b"DICM":
         return True
     if start[:2] not in (b"\x02\x00", b"\x08\x00") or start[3:4] != b"\x00":
@@ -207,6 +215,8 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], di
                     planes += _planes(file, header)
             except UnusableError as error:
                 reasons[label, str(error)] += 1
+            except OSError as error:
+                reasons[damaged, f"cannot be read ({error.strerror or error})"] += 1
             except Exception as error:  # pydicom's errors are of many kinds
                 reasons[damaged, f"cannot be read as DICOM ({type(error).__name__}: {error})"] += 1
     return planes, [Skipped(label, count, reason) for (label, reason), count in reasons.items()], headers

@@ -74,8 +74,11 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
     with config.disable_value_validation(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The string .* person name")  # it has the patient's name in it
         for file in dicom_files(dicom):
-            header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"], force=True)
-            sources[str(header.get("SOPInstanceUID"))] = file
+            try:
+                header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"], force=True)
+                sources[str(header.get("SOPInstanceUID"))] = file
+            except Exception:  # noqa: BLE001 (unreadable or damaged; a phase that needs it says that it is missing)
+                continue
         read = lru_cache(maxsize=64)(partial(dcmread, stop_before_pixels=True))  # a multi-frame file has many phases
         written, failures = 0, {}
         for record in records:
@@ -101,7 +104,8 @@ def _write_phase(
     places = [(plane["uid"], plane["frame"]) for plane in planes]
     missing = [uid for uid, _ in places if uid not in sources]
     if missing:
-        raise ValueError(f"{len(missing)} of its {len(places)} source images are not in the DICOM folder.")
+        count = f"{len(missing)} of its {len(places)}"
+        raise ValueError(f"{count} source images are not in the DICOM folder, or cannot be read.")
     once = [z for z, place in enumerate(places) if place not in places[:z]]
     frames = [(read(sources[uid]), index) for uid, index in (places[z] for z in once)]
     images = [image if image.SOPClassUID == MRImageStorage else _single_frame(image, i) for image, i in frames]

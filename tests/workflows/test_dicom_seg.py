@@ -130,6 +130,21 @@ def test_what_cannot_be_done_is_said(tmp_path):
     assert case.endswith("phase00") and "1 of its 5 source images" in message
 
 
+def test_an_image_that_cannot_be_opened_is_missing(tmp_path, monkeypatch):
+    files = write(tmp_path / "in", cine())
+    run_on(tmp_path / "in", tmp_path / "out")
+
+    def refuse(file, *arguments, opened=open, **options):
+        if str(file) == str(files[0]):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    ((case, message),) = outcome.failures.items()
+    assert case.endswith("phase00") and "1 of its 5 source images are not in the DICOM folder, or cannot" in message
+
+
 @pytest.mark.parametrize("files", ["one", "one per slice"])
 def test_frames_of_enhanced_mr(tmp_path, files):
     """Segments refer to the frames of the multi-frame files, in whatever order these have them."""

@@ -106,6 +106,31 @@ def test_beside_nifti_files(tmp_path):
     assert again == cases  # the output lies in the input, and is not taken for scans
 
 
+@pytest.fixture
+def locked(monkeypatch):
+    """Files of this name cannot be opened, as without the permission; root, who may run the tests, has it always."""
+
+    def refuse(file, *arguments, opened=open, **options):
+        if str(file).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    return "locked"
+
+
+@pytest.mark.parametrize("dicom", [True, False])
+def test_a_file_that_cannot_be_opened_is_skipped(tmp_path, locked, dicom):
+    if dicom:
+        write(tmp_path / "in" / "dicom", cine())
+    phantom = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
+    write_phantom(tmp_path / "in", "heart", phantom, phases={"ed": 0.0}, with_labels=False)
+    (tmp_path / "in" / locked).touch()
+    inputs = gather_scans(tmp_path / "in", tmp_path / "out")
+    assert len(inputs.scans) == dicom * PHASES + 1 and not inputs.failures
+    assert list(map(str, inputs.skipped)) == ["file locked (1 image): cannot be read (Permission denied)"]
+
+
 def test_no_short_axis(tmp_path):
     write(tmp_path / "in", cine(slices=2))
     with pytest.raises(ValueError, match=r"no short-axis cine among its 16 DICOM files(.|\n)*series 7 'cine SAX' \(16"):
