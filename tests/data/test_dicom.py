@@ -227,6 +227,22 @@ def test_odd_but_read(tmp_path, odd):
     assert stack.notes == notes
 
 
+def test_linked_folders_are_searched_once(tmp_path):
+    write(tmp_path / "elsewhere", cine())
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in", target_is_directory=True)
+    assert dicom_files(tmp_path / "in") == [tmp_path / "in" / "a" / f"IM{i:04d}" for i in range(SLICES * PHASES)]
+    stack = only(stacks_in(tmp_path / "in"))
+    check(stack)
+    assert stack.notes == []
+    (tmp_path / "elsewhere").rename(tmp_path / "in" / "z")
+    (tmp_path / "in" / "a").unlink()
+    (tmp_path / "in" / "a").symlink_to("z", target_is_directory=True)
+    assert {file.parent.name for file in dicom_files(tmp_path / "in")} == {"z"}
+
+
 def test_files_twice(tmp_path):
     write(tmp_path / "a", cine())
     write(tmp_path / "copy", cine()[:3])
