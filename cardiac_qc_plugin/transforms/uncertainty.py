@@ -84,11 +84,21 @@ class BayesianMap(Transform):
         return bayesian_map(tensor.std(dim=0, correction=1))
 
 
+def check_one_key(keys: tuple[Hashable, ...], output_key: str) -> None:
+    """Raise ValueError for several keys, whose maps would replace each other under the one output key."""
+    if len(keys) > 1:
+        raise ValueError(
+            f"The maps of {', '.join(map(str, keys))} would all be stored under {output_key!r}: "
+            "give each key a transform of its own, with another output_key."
+        )
+
+
 class PredictiveEntropyd(MapTransform):
-    """Dictionary form of :class:`PredictiveEntropy`; the map is stored under ``output_key``."""
+    """Dictionary form of :class:`PredictiveEntropy`; the map of the one key is stored under ``output_key``."""
 
     def __init__(self, keys: KeysCollection, output_key: str = "emap", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
+        check_one_key(self.keys, output_key)
         self.output_key = output_key
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
@@ -99,10 +109,11 @@ class PredictiveEntropyd(MapTransform):
 
 
 class BayesianMapd(MapTransform):
-    """Dictionary form of :class:`BayesianMap`; the map is stored under ``output_key``."""
+    """Dictionary form of :class:`BayesianMap`; the map of the one key is stored under ``output_key``."""
 
     def __init__(self, keys: KeysCollection, output_key: str = "bmap", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
+        check_one_key(self.keys, output_key)
         self.output_key = output_key
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:

@@ -192,6 +192,12 @@ def test_missing_keys(transform):
     assert transform("pred", allow_missing_keys=True)({"image": 1}) == {"image": 1}
 
 
+@pytest.mark.parametrize("transform", [PredictiveEntropyd, BayesianMapd])
+def test_maps_of_several_keys_do_not_replace_each_other(transform):
+    with pytest.raises(ValueError, match="maps of one, two would all be stored under 'map'"):
+        transform(["one", "two"], output_key="map")
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("track", [False, True])
 def test_split(classes, track):
