@@ -127,7 +127,7 @@ class SplitUncertaintyd(MapTransform):
     """Split the channels of :class:`~cardiac_qc_plugin.inferers.MCDropoutSliceInferer` into entries of their own.
 
     Args:
-        keys: one key, a tensor ``(2 C + 2, H, W, D)``: probabilities, b-map, e-map, votes.
+        keys: one key, a tensor or array ``(2 C + 2, H, W, D)``: probabilities, b-map, e-map, votes.
 
     Returns (in the dictionary):
         ``keys``: probabilities ``(C, H, W, D)``; ``bmap`` and ``emap``: ``(1, H, W, D)``; ``votes``: ``(C, H, W, D)``.
@@ -136,13 +136,13 @@ class SplitUncertaintyd(MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
-            tensor = d[key]
+            tensor = convert_to_tensor(d[key], track_meta=True)  # Invertd passes other tensors by
             classes = tensor.shape[0] // 2 - 1
             if classes < 1 or tensor.shape[0] % 2:
                 raise ValueError(f"Expected 2 C + 2 channels for C classes, got {tensor.shape[0]}.")
             parts = tensor.split([classes, 1, 1, classes])
             for name, part in zip((key, "bmap", "emap", "votes"), parts, strict=True):
-                d[name] = convert_to_tensor(part, track_meta=True)  # Invertd passes other tensors by
+                d[name] = part
         return d
 
 
@@ -167,7 +167,8 @@ class PairwiseDiced(MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
-            values = pairwise_dice(d[key], self.samples)[1:].tolist() if self.samples > 1 else []
+            votes = convert_to_tensor(d[key])
+            values = pairwise_dice(votes, self.samples)[1:].tolist() if self.samples > 1 else []
             agreement = {name: None for name in self.class_names}
             agreement |= {n: v for n, v in zip(self.class_names, values, strict=False) if not math.isnan(v)}
             d[self.result_key] = {"pairwise_dice": agreement}

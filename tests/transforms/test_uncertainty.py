@@ -220,6 +220,17 @@ def test_split(classes, track):
             assert done[key].meta["filename_or_obj"] == "scan.nii.gz"
 
 
+def test_arrays_are_split_as_tensors():
+    maps = np.random.default_rng(0).random((10, 3, 4, 2), dtype=np.float32)
+    steps = Compose([SplitUncertaintyd("pred"), PairwiseDiced("votes", 10, ("RV", "LVM", "LV"))])
+    found, expected = steps({"pred": maps}), steps({"pred": torch.from_numpy(maps)})
+    for key in ("pred", "bmap", "emap", "votes"):
+        assert isinstance(found[key], MetaTensor)
+        np.testing.assert_array_equal(found[key], expected[key])
+    agreement = PairwiseDiced("votes", 10, ("RV", "LVM", "LV"))({"votes": maps[6:]})
+    assert agreement["result"] == found["result"] == expected["result"]
+
+
 def test_split_entries_have_metadata_of_their_own():
     """Inverting or renaming one map must not touch the others."""
     pred = MetaTensor(torch.zeros(10, 2, 2, 1), affine=AFFINE, meta={"note": "all"})
