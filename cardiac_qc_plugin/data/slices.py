@@ -139,7 +139,8 @@ class SlicePatchDataset(IterableDataset):
                 raise ValueError(f"{item}: the image has shape {sizes[0]} and its label {sizes[1]}.")
             # fp16 is off by 1/4096 at most on [0, 1], and halves the memory
             self.images += list(np.moveaxis(np.asarray(volume["image"], dtype=np.float16), -1, 0))
-            self.labels += list(np.moveaxis(np.asarray(volume["label"], dtype=np.uint8), -1, 0))
+            label = np.asarray(volume["label"]).round()  # of a file with a scale, 0.99999998 say
+            self.labels += list(np.moveaxis(label.astype(np.uint8), -1, 0))
         self.labelled = [index for index, label in enumerate(self.labels) if label.any()]
         if self.positives and not self.labelled:
             raise ValueError("positive_share is above 0, but no training slice has a labelled pixel.")

@@ -57,7 +57,8 @@ def check_labels(labels: np.ndarray, name: str) -> np.ndarray:
     """Check a label volume and give it back as uint8.
 
     Args:
-        labels: shape (H, W, D), values 0 (background) to 3, of any numeric type.
+        labels: shape (H, W, D), values 0 (background) to 3, of any numeric type; within 0.001 of these they are
+            rounded, since a file with a scale gives 1.00000002 for 1.
         name: what to call it in an error message.
 
     Returns:
@@ -72,8 +73,8 @@ def check_labels(labels: np.ndarray, name: str) -> np.ndarray:
             f"{name} must be a label volume (H, W, D), got shape {labels.shape}; drop channel and batch axes"
         )
     with np.errstate(invalid="ignore"):  # nan is no label either
-        whole = labels.astype(np.uint8)
-    known = (whole == labels) & (whole <= max(CLASS_NAMES))  # ten times as fast as np.isin
+        whole = labels.round().astype(np.uint8)
+        known = (np.abs(labels - whole) <= 1e-3) & (whole <= max(CLASS_NAMES))  # ten times as fast as np.isin
     if not known.all():
         listed = ", ".join(f"{label} {structure}" for label, structure in CLASS_NAMES.items())
         raise ValueError(

@@ -238,7 +238,7 @@ def as_label_volumes(**volumes: np.ndarray) -> list[np.ndarray]:
 
     Args:
         **volumes: label maps of one shape (H, W, D) with the labels 0 background, 1 RV, 2 LVM, 3 LV;
-            floating-point values are fine if they are whole.
+            floating-point values are fine if they are whole, or within 0.001 of it.
 
     Raises:
         ValueError: a volume is not 3-D, has another shape than the first one, or another value than 0-3.

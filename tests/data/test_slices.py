@@ -298,6 +298,11 @@ def test_empty_datalist():
         SlicePatchDataset([], dict)
 
 
+def test_labels_of_a_scaled_file_are_rounded():
+    labels = np.arange(4.0).reshape(2, 2, 1)
+    assert np.array(marked(labels - 1e-4).labels).ravel().tolist() == [0, 1, 2, 3]
+
+
 def test_image_and_label_of_different_shapes():
     """Otherwise the slices of all later scans would get the labels of others."""
     volume = coordinate_volume(0, (9, 9, 3))

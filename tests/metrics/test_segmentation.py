@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 
 from cardiac_qc_plugin.metrics import CLASS_NAMES, StructureScore, dice_and_hausdorff, summarize
+from cardiac_qc_plugin.metrics.segmentation import check_labels
 
 SPACING = (1.5, 1.25, 10.0)
 
@@ -134,7 +135,18 @@ def test_any_label_type(dtype):
     assert scores == dice_and_hausdorff(prediction, reference, SPACING)
 
 
-@pytest.mark.parametrize("value, quoted", [(4, "4"), (-1, "-1"), (1.5, "1.5"), (np.nan, "nan")])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int16, np.float32, np.float64])
+def test_labels_of_any_type_are_whole_numbers(dtype):
+    labels = heart().astype(dtype)
+    noise = np.random.default_rng(0).uniform(-9e-4, 9e-4, labels.shape) if dtype in (np.float32, np.float64) else 0
+    found = check_labels((labels + noise).astype(dtype), "labels")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, labels)
+
+
+@pytest.mark.parametrize(
+    "value, quoted", [(4, "4"), (-1, "-1"), (1.5, "1.5"), (1.002, "1.002"), (np.nan, "nan"), (np.inf, "inf")]
+)
 def test_unknown_label_is_quoted(value, quoted):
     prediction = heart().astype(float)
     prediction[0, 0, 0] = value

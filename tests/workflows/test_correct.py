@@ -14,7 +14,7 @@ from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.correct import correct
 from cardiac_qc_plugin.workflows.files import read_volume
-from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_reference
+from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_labels, read_reference
 
 CASE = "patient001_frame01"
 
@@ -27,6 +27,14 @@ def run(tmp_path):
 
 def flagged(root, case):
     return load(root / "run" / case / "failure_regions.nii.gz") > 0
+
+
+def test_labels_that_a_tool_saved_as_floats_with_acdcs_header(tmp_path):
+    """nibabel keeps the header's uint8, and so has to store floats with a scale: 1.00000002 for 1."""
+    image = nib.Nifti1Image(heart(1).astype(np.uint8), np.diag([*SPACING, 1]))
+    nib.save(nib.Nifti1Image(heart(1).astype(float), image.affine, image.header), tmp_path / "mask.nii.gz")
+    assert not np.isin(nib.load(tmp_path / "mask.nii.gz").get_fdata(), range(4)).all()
+    np.testing.assert_array_equal(read_labels(tmp_path / "mask.nii.gz").data, heart(1))
 
 
 def test_paper_rule_takes_the_reference_in_flagged_regions_only(run):
