@@ -78,7 +78,8 @@ def effort(
         predictions: output folder of ``run``.
         reference: folder of reference labels, see `References`.
         output: where to write.
-        compare: output folders of ``run`` with other maps; of these the detector and the uncertainty only.
+        compare: output folders of ``run`` with other maps on the same cases; of these the detector and the uncertainty
+            only.
         seeds: random orders.
         criterion: which errors are failures, a preset of `FailureCriterion`.
         apex: end of the slice axis at which the apex lies.
@@ -87,7 +88,8 @@ def effort(
         The content of ``summary.md``, and the cases that failed.
 
     Raises:
-        ValueError: an unknown setting, a folder without cases or label files, or no measurable case.
+        ValueError: an unknown setting, a folder without cases or label files, no measurable case, or folders with other
+            cases than `predictions`.
         OSError: the output cannot be written.
     """
     if seeds < 1:
@@ -96,10 +98,17 @@ def effort(
     check_apex(apex)
     references, output = References(reference), Path(output)
     check_output(output, "effort", predictions, *compare, reference)
-    rows, sets, failures = [], [], {}
+    rows, sets, failures, first = [], [], {}, set()
     for number, folder in enumerate([predictions, *compare]):
-        cases, problems = _read(Path(folder), references, criterion, apex)
+        measured, problems = _read(Path(folder), references, criterion, apex)
         failures |= {f"{folder}: {case}": problem for case, problem in problems.items()}
+        cases, names = list(measured.values()), measured.keys() | problems.keys()
+        first = first or names
+        if unpaired := sorted(names ^ first):
+            raise ValueError(
+                f"{predictions} and {folder} have different cases: {len(unpaired)} are in one of them only, "
+                f"{unpaired[0]} say. Curves are drawn beside each other for the same cases: run both on these."
+            )
         map = cases[0].map
         if same := [other["predictions"] for other in sets if other["map"] == map]:
             raise ValueError(f"{folder} has the {map}, as {same[0]} has. Give one folder for each map.")
@@ -134,7 +143,7 @@ def effort(
     return Outcome(text, failures)
 
 
-def _read(folder: Path, references: References, criterion: str, apex: str) -> tuple[list[Case], dict[str, str]]:
+def _read(folder: Path, references: References, criterion: str, apex: str) -> tuple[dict[str, Case], dict[str, str]]:
     cases, failures = each_case(
         folder, lambda name, own: read_case(name, own, references, criterion, apex), f"read {folder.name}"
     )
@@ -143,7 +152,7 @@ def _read(folder: Path, references: References, criterion: str, apex: str) -> tu
         raise ValueError(f"{folder}: none of its {len(failures)} cases could be measured:\n{listed}")
     if len(maps := {case.map for case in cases.values()}) > 1:
         raise ValueError(f"{folder}: cases of the maps {' and '.join(sorted(maps))}. Give one folder for each map.")
-    return list(cases.values()), failures
+    return cases, failures
 
 
 def read_case(name: str, folder: Path, references: References, criterion: str, apex: str) -> Case:

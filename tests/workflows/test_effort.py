@@ -151,20 +151,31 @@ def test_hausdorff_of_appearing_and_vanishing_structures():
         np.testing.assert_allclose(dice[count], [s.dice for s in expected], rtol=1e-6)
 
 
+def copy_with_emap(root, target):
+    shutil.copytree(root / "run", target)
+    for record in target.rglob("qc.json"):
+        record.write_text(record.read_text().replace('"bmap"', '"emap"'))
+
+
+def test_other_cases_are_not_drawn_beside(study, tmp_path):
+    root, *_ = study
+    copy_with_emap(root, tmp_path / "run")
+    for case in ("patient002_frame01", "patient002_frame05"):
+        shutil.rmtree(tmp_path / "run" / case)
+    with pytest.raises(ValueError, match="different cases: 2 are in one of them only, patient002_frame01 say"):
+        effort(root / "run", root / "acdc", tmp_path / "out", compare=[tmp_path / "run"], seeds=1)
+    assert not (tmp_path / "out" / "effort.csv").exists()
+
+
 def test_the_command(study, tmp_path):
     root, *_ = study
-    for case in ("patient001_frame01", "patient001_frame05"):
-        shutil.copytree(root / "run" / case, tmp_path / "run" / case)
-        record = tmp_path / "run" / case / "qc.json"
-        record.write_text(record.read_text().replace('"bmap"', '"emap"'))
-    broken = tmp_path / "run" / "patient009_frame01"
-    broken.mkdir()
-    (broken / "segmentation.nii.gz").write_bytes((root / "run" / case / "segmentation.nii.gz").read_bytes())
+    copy_with_emap(root, tmp_path / "run")
+    (tmp_path / "run" / "patient002_frame05" / "qc.json").write_text("{}")
     command = [sys.executable, ROOT / "scripts" / "pipeline.py", "effort", "--predictions", root / "run"]
     command += ["--reference", root / "acdc", "--output", tmp_path / "out", "--compare_map", tmp_path / "run"]
     result = subprocess.run(list(map(str, command)) + ["--seeds", "1"], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1, result.stderr  # a case without reference
-    assert "patient009_frame01" in result.stdout and "no label file" in result.stdout
+    assert result.returncode == 1, result.stderr  # a case without detection
+    assert "patient002_frame05" in result.stdout and "not detected" in result.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["sets"]) == 2 and len(summary["failed"]) == 1
     for name in ("effort.png", "effort.svg", "effort.csv", "summary.md"):
