@@ -231,8 +231,8 @@ def calibrate(
         What can be promised, how it was kept, and the cases that failed. With failed cases there is no file.
 
     Raises:
-        ValueError: an unknown setting, a folder without cases or label files, predictions of several networks, or
-            patients with different numbers of scans.
+        ValueError: an unknown setting, a folder without cases or label files, predictions of several networks,
+            patients with different numbers of scans, or calibration patients among those of `test`.
         OSError: the output cannot be written.
     """
     FailureCriterion.preset(criterion)
@@ -247,6 +247,12 @@ def calibrate(
         other, problems = read_patients(Path(test), references, f"patients of {test}", criterion, apex)
         failures |= problems
         check_same(own, other, str(test))
+        if both := [patient for patient in other.patients if patient in own.patients]:
+            raise ValueError(
+                f"{test}: {len(both)} of its {len(other.patients)} patients are in the calibration too: "
+                f"{', '.join(both[:10])}{', ...' if len(both) > 10 else ''}. A test on them tells nothing of other "
+                "patients: leave them out of one of the two folders."
+            )
         rows += [
             {"design": f"{len(own.patients)} / {len(other.patients)} of {test}"} | row for row in coverage(own, other)
         ]

@@ -162,14 +162,29 @@ def test_files_that_are_no_calibration(tmp_path, text):
         read_calibration(tmp_path / "file.json")
 
 
-def test_check_and_test_from_the_command_line(cohort):
+def test_check_and_test_from_the_command_line(cohort, tmp_path):
     root, _ = cohort
+    others = tmp_path / "others"
+    for kind in ("run", "acdc"):
+        shutil.copytree(root / kind, others / kind)
+        for path in sorted(others.rglob("*patient*"), reverse=True):
+            path.rename(path.with_name(path.name.replace("patient", "other")))
+    shutil.copytree(root / "acdc", others / "acdc", dirs_exist_ok=True)
     command = [sys.executable, ROOT / "scripts" / "pipeline.py", "calibrate", "--predictions", root / "run"]
-    command += ["--reference", root / "acdc", "--output", root / "cli.json", "--check", "--test", root / "run"]
+    command += ["--reference", others / "acdc", "--output", root / "cli.json", "--check", "--test", others / "run"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert (root / "cli.json").is_file()
-    assert "2 / 1, each left out" in result.stdout and f"3 / 3 of {root / 'run'}" in result.stdout
+    assert "2 / 1, each left out" in result.stdout and f"3 / 3 of {others / 'run'}" in result.stdout
+
+
+def test_calibration_patients_are_no_others(cohort, tmp_path):
+    root, _ = cohort
+    for case in ("patient002_frame01", "patient002_frame05"):
+        shutil.copytree(root / "run" / case, tmp_path / "run" / case)
+    with pytest.raises(ValueError, match="1 of its 1 patients are in the calibration too: patient002"):
+        calibrate(root / "run", root / "acdc", tmp_path / "file.json", test=tmp_path / "run")
+    assert not (tmp_path / "file.json").exists()
 
 
 @pytest.fixture(scope="module")
