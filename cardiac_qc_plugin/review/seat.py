@@ -31,7 +31,7 @@ from cardiac_qc_plugin.workflows.files import (
 from cardiac_qc_plugin.workflows.references import patient_and_phase, read_labels
 from cardiac_qc_plugin.workflows.urgency import urgencies
 
-__all__ = ["CaseReview", "NoSuchCase", "Seat", "TakenOver"]
+__all__ = ["CaseReview", "NoSuchCase", "Seat", "TakenOver", "reviewer_name"]
 
 SEGMENTATION, JOURNAL, AUDIT = "segmentation.nii.gz", "review.jsonl", "audit.json"
 PARTS = {  # of an action, that the journal keeps
@@ -54,6 +54,21 @@ class TakenOver(Refused):
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def reviewer_name(given: Any) -> str:
+    """A reviewer's name as it is kept.
+
+    Raises:
+        Refused: there is none, or it is not UTF-8, as a byte of another encoding in a command: no answer could hold it.
+    """
+    if not isinstance(given, str) or not given.strip():
+        raise Refused("Say who reviews.")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"The reviewer's name {ascii(given)} is not UTF-8. Give it in this encoding.") from error
+    return given.strip()[:200]
 
 
 class CaseReview:
@@ -87,7 +102,9 @@ class CaseReview:
             )
         for line, event in enumerate(self.journal.events[1:], start=2):
             try:
-                if event["action"] not in ("open", "close"):
+                if event["action"] == "open":
+                    reviewer_name(event["reviewer"])
+                elif event["action"] != "close":
                     self.state.check(event)
                 self.state.apply(event)
             except (ValueError, KeyError, TypeError) as error:
@@ -188,10 +205,9 @@ class CaseReview:
 
         Raises:
             TakenOver: another window has the case open.
-            Refused: no reviewer is given.
+            Refused: no reviewer is given, see :func:`reviewer_name`.
         """
-        if not isinstance(reviewer, str) or not reviewer.strip():
-            raise Refused("Say who reviews.")
+        reviewer = reviewer_name(reviewer)
         if self.session is not None and previous != self.session and not take_over:
             last = self.state.last.isoformat(timespec="seconds") if self.state.last else "just now"
             raise TakenOver(
@@ -200,7 +216,7 @@ class CaseReview:
             )
         if not self.journal.events:
             self.journal.append(self._begin())
-        self._record({"action": "open", "reviewer": reviewer.strip()[:200], "take_over": bool(take_over)})
+        self._record({"action": "open", "reviewer": reviewer, "take_over": bool(take_over)})
         self.session = secrets.token_urlsafe(12)
         return self.session
 

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.reports.pages import CONTOURS, FLAG_COLOR
-from cardiac_qc_plugin.review.seat import NoSuchCase, Seat, TakenOver
+from cardiac_qc_plugin.review.seat import NoSuchCase, Seat, TakenOver, reviewer_name
 from cardiac_qc_plugin.review.state import PAUSE, Refused
 from cardiac_qc_plugin.workflows.files import OutputError
 
@@ -245,9 +245,11 @@ def serve(
         announce: is told the address.
 
     Raises:
-        ValueError: see `Seat`; or another server reviews into this folder.
+        ValueError: see `Seat`; the reviewer's name is not UTF-8; or another server reviews into this folder.
         OSError: the port is taken, or the output cannot be written.
     """
+    if reviewer.strip():
+        reviewer_name(reviewer)
     predictions = Path(predictions)
     output = Path(output) if output else predictions.resolve().with_name(predictions.resolve().name + "_reviewed")
     seat = Seat(predictions, output)

@@ -278,6 +278,27 @@ def test_nobody_reviews_without_a_name(page):
         assert page.post("open", case="p1_ed", reviewer=name).status_code == 422
 
 
+def test_a_reviewers_name_is_utf_8(page, predictions, tmp_path):
+    body = json.dumps({"case": "p1_ed", "reviewer": "M\udcfcller"})
+    answer = page.client.post("/api/open", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and "'M\\udcfcller' is not UTF-8" in answer.json()["error"]
+    assert not journal(tmp_path)
+    outcome = run_command(predictions, tmp_path / "other", "--reviewer", b"M\xfcller")
+    assert outcome.returncode == 1 and "is not UTF-8" in outcome.stderr and outcome.stderr.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_name_that_is_not_utf_8_in_one_journal_leaves_the_other_cases(page, predictions, tmp_path):
+    """Earlier versions kept such a name, and then no case was listed any more."""
+    page.open()
+    path = tmp_path / "out" / "p1_ed" / "review.jsonl"
+    path.write_text(path.read_text().replace("Dr A", "M\\udcfcller"))
+    again = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    rows = {row["case"]: row for row in again.client.get("/api/cases").json()}
+    assert rows["p1_ed"]["status"] == "broken" and "line 2" in rows["p1_ed"]["message"]
+    assert rows["p1_es"]["status"] != "broken" and again.open("p1_es").status_code == 200
+
+
 def test_two_browsers_on_one_case(app, tmp_path):
     first, second = Page(app), Page(app)
     assert first.open().status_code == 200
