@@ -142,6 +142,8 @@ class ReviewState:
             raise Refused("There is nothing to do again.")
         elif action == "reopen" and not self.finished:
             raise Refused("This case is not finished.")
+        elif action == "finish" and type(event.get("incomplete", False)) is not bool:
+            raise Refused(f"incomplete is true or false, got {event['incomplete']!r}.")
         elif action == "finish" and not event.get("incomplete"):
             if left := sorted(set(self.regions) - set(self.decisions)):
                 raise Refused(f"{len(left)} regions are not decided yet: {', '.join(map(str, left))}.")

@@ -546,6 +546,17 @@ def test_a_case_finished_before_all_was_decided(page, predictions, tmp_path):
     assert other.open().json()["state"]["finished"]
 
 
+@pytest.mark.parametrize("value", ["NaN", "1", '"yes"', "null"])
+def test_a_refused_finish_writes_nothing(page, tmp_path, value):
+    page.open()
+    body = {"case": page.case, "session": page.session, "action": {"id": "1", "action": "finish", "incomplete": 0}}
+    content = json.dumps(body).replace('"incomplete": 0', f'"incomplete": {value}')
+    answer = page.client.post("/api/act", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and "incomplete is true or false" in answer.json()["error"]
+    assert [path.name for path in (tmp_path / "out" / "p1_ed").iterdir()] == ["review.jsonl"]
+    assert page.act("finish", incomplete=True).status_code == 200
+
+
 def test_cases_without_flagged_regions(tmp_path):
     predictions = write_predictions(tmp_path, with_regions=False)
     page = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
