@@ -273,6 +273,9 @@ def test_app_refuses_what_it_cannot_do(scans, tmp_path):
             assert "no device" in server.infer(name, "clear_ed", 422, device=code)
             assert "must not begin" in server.infer(name, "clear_ed", 422, threshold=f"$open('{trap}', 'w')")
         assert not trap.exists()
+        for samples in (2.5, "abc"):
+            message = server.infer("cardiac_qc", "clear_ed", 422, samples=samples)
+            assert message == f"samples is a whole number, got {samples!r}."
         assert "needs 2 samples" in server.infer("cardiac_qc", "clear_ed", 422, samples=1)
         assert "model.pt: no such file" in server.infer("cardiac_qc", "clear_ed", 422, segmentation_model="unet")
         assert "cardiac_unet_segmentation" in server.infer("cardiac_unet_segmentation", "clear_ed", 404)
