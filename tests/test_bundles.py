@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_segmentation_trains(bundle, overrides, acdc_like, tmp_path):
     fresh = workflow.parser.get_parsed_content("network_def")
     load_weights(fresh, tmp_path / "model.pt")
     assert not list(tmp_path.glob("resume*"))
+
+
+def test_augmentation_is_left_out_as_the_readmes_say(acdc_like, tmp_path):
+    """On the command line null would be a text, and MONAI drops None."""
+    readmes = [(ROOT / "bundles" / bundle / "docs" / "README.md").read_text() for bundle in SEGMENTATION]
+    ((key, value),) = {re.search(r"""none with `--"(.+?)" '(.+?)'`""", readme).groups() for readme in readmes}
+    workflow, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path, val_interval=9, patch_size=32, **{key: value})
+    assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 2
+    assert workflow.parser.get_parsed_content("train#dataset").augmentation is None
 
 
 def csv_rows(path):
