@@ -5,7 +5,6 @@ names, SliceLocation and the order of files mean nothing. docs/inputs.md lists w
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,8 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
     MRImageStorage,
 )
+
+from .predictions import files_below
 
 __all__ = ["Contents", "Plane", "Skipped", "Stack", "dicom_files", "find_stacks", "read_phase", "stack_digest"]
 
@@ -144,23 +145,8 @@ def dicom_files(path: str | Path) -> list[Path]:
     A file that cannot be opened is among them, so that it is named with the reason where files are read.
     """
     path = Path(path)
-    files = _files_below(path) if path.is_dir() else [path]
+    files = files_below(path) if path.is_dir() else [path]
     return [f for f in files if not f.name.endswith((".nii", ".nii.gz")) and _is_dicom(f)]
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Files in a folder and its subfolders, sorted. Links are followed, but each folder is searched once."""
-    files, seen, starts = [], set(), [folder]
-    for start in starts:  # which grows by links: a folder that lies here itself is not named by a link to it
-        for path, folders, names in os.walk(start):
-            if os.path.realpath(path) in seen:
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(path))
-            folders.sort()
-            starts += [Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))]
-            files += [Path(path, name) for name in names]
-    return sorted(files)
 
 
 def _is_dicom(file: Path) -> bool:

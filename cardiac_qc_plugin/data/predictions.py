@@ -1,14 +1,14 @@
 """Datalist items: the scans of a folder, and the files that a segmentation left behind."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
-from glob import escape, glob
 from pathlib import Path
 
 from monai.utils import ensure_tuple
 
-__all__ = ["MAP_FILES", "MAP_NAMES", "case_name", "scan_items", "with_predictions"]
+__all__ = ["MAP_FILES", "MAP_NAMES", "case_name", "files_below", "scan_items", "with_predictions"]
 
 MAP_FILES = {"bmap": "bayesian.nii.gz", "emap": "entropy.nii.gz"}
 MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's tables
@@ -17,6 +17,21 @@ MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's ta
 def case_name(path: str | Path) -> str:
     """Name of an image file without ``.nii`` or ``.nii.gz``: the name of its case's folder."""
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Files in a folder and its subfolders, sorted. Links are followed, but each folder is searched once."""
+    files, seen, starts = [], set(), [folder]
+    for start in starts:  # which grows by links: a folder that lies here itself is not named by a link to it
+        for path, folders, names in os.walk(start):
+            if os.path.realpath(path) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(path))
+            folders.sort()
+            starts += [Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))]
+            files += [Path(path, name) for name in names]
+    return sorted(files)
 
 
 def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
@@ -35,21 +50,19 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
         Traceback (most recent call last):
         ValueError: nowhere: no scan (.nii.gz) in this folder or below. Check --dataset_dir.
     """
-    paths = sorted(glob(f"{escape(str(folder))}/**/*.nii.gz", recursive=True))  # unlike rglob, in linked folders too
-    own, real = Path(output).resolve(), {}
-    for path in paths:
-        if not path.endswith(("_gt.nii.gz", "_4d.nii.gz")) and own not in (file := Path(path).resolve()).parents:
-            real.setdefault(file, path)  # links may reach a file twice
-    if not real:
+    own = Path(output).resolve()
+    scans = re.compile(r"[^.].*(?<!_gt)(?<!_4d)\.nii\.gz")
+    paths = [f for f in files_below(Path(folder)) if scans.fullmatch(f.name) and own not in f.resolve().parents]
+    if not paths:
         raise ValueError(f"{folder}: no scan (.nii.gz) in this folder or below. Check --dataset_dir.")
-    names: dict[str, str] = {}
-    for path in real.values():
+    names: dict[str, Path] = {}
+    for path in paths:
         if (first := names.setdefault(case_name(path), path)) != path:
             raise ValueError(
                 f"{first} and {path} have one name, and so would their results. Rename one of them, or use "
                 "`python scripts/pipeline.py run`, which names results by the folder as well."
             )
-    return [{"image": path} for path in real.values()]
+    return [{"image": str(path)} for path in paths]
 
 
 def with_predictions(

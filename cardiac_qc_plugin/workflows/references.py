@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cardiac_qc_plugin.data.acdc import read_info
+from cardiac_qc_plugin.data.predictions import files_below
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
 from cardiac_qc_plugin.transforms.spatial import CODES
 from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
@@ -91,7 +92,7 @@ class References:
         self.root = Path(root)
         # by the last part of the case's name: how good the file's name is, the name with folders, the file
         self.files: dict[str, list[tuple[int, tuple[str, ...], Path]]] = {}
-        for path in sorted(self.root.rglob("*.nii*")):
+        for path in files_below(self.root):
             if match := NIFTI.fullmatch(path.name):
                 folders = path.parent.relative_to(self.root).parts
                 if match["stem"] == "segmentation" and not match["mark"] and folders:

@@ -346,6 +346,15 @@ def test_turned_axes_of_a_reference_beside_acdcs_affine(tmp_path):
         read_reference(tmp_path / "a_gt.nii.gz", prediction)
 
 
+def test_references_in_a_linked_folder(tmp_path):
+    save(tmp_path / "elsewhere" / "p1" / "p1_ed_gt.nii.gz", heart(1))
+    (tmp_path / "references").mkdir()
+    (tmp_path / "references" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "references" / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = References(tmp_path / "references").find("p1_ed", tmp_path / "run")
+    assert found == tmp_path / "references" / "again" / "p1" / "p1_ed_gt.nii.gz"
+
+
 def test_references_of_cases_that_are_named_by_their_folder(tmp_path):
     """As `find_scans` names them, where several patients have files of the same names."""
     for patient in ("p1", "p2"):
