@@ -54,7 +54,8 @@ class UncertaintyEnsemble(AlgoEnsembleBestByFold):
 
         builder = AlgoEnsembleBuilder(import_bundle_algo_history(work_dir), f"{work_dir}/input.yaml")
         builder.set_ensemble_method(UncertaintyEnsemble(n_fold=4))
-        builder.get_ensemble()({"image_save_func": {"_target_": "SaveImage", "output_dir": "out"}})
+        save = {"_target_": "SaveImage", "output_dir": "out"}
+        builder.get_ensemble()({"infer_files": scans, "image_save_func": save})  # or the datalist's "testing"
     """
 
     def __init__(self, n_fold: int = 5) -> None:

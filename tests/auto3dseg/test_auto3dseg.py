@@ -162,6 +162,23 @@ def test_stock_ensemble_and_ours_run_on_the_same_folder(trained, tmp_path):
     np.testing.assert_allclose(nib.load(tmp_path / "ours" / names[0]).get_fdata(), spread, atol=1e-6)
 
 
+def test_the_pages_example_segments(trained, tmp_path, monkeypatch):
+    """With a datalist as the command writes it, without a list for testing."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "out", "runs/auto3dseg")
+    datalist = acdc_datalist(trained / "data", folds=2)
+    source = Path("runs/auto3dseg/input.yaml")
+    write_json(tmp_path / "folds.json", datalist)
+    content = {**yaml.safe_load(source.read_text()), "datalist": str(tmp_path / "folds.json")}
+    source.write_text(yaml.safe_dump(content))
+    Path("SCANS").mkdir()
+    shutil.copy(trained / "data" / "patient001" / "patient001_frame01.nii.gz", "SCANS")
+    page = (ROOT / "docs" / "auto3dseg.md").read_text()
+    exec(page[page.index("from pathlib", page.index("with MONAI's builder:")) :].partition("```")[0], {})
+    written = sorted(path.name for path in Path("out/patient001_frame01").iterdir())
+    assert written == ["patient001_frame01_bayesian.nii.gz", "patient001_frame01_labels.nii.gz"]
+
+
 def test_moved_folder_runs(trained, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(trained / "out", moved)
