@@ -29,7 +29,8 @@ class PatchAugmentation:
     Args:
         rotation: largest angle in degrees, to either side.
         scale: range of the magnification.
-        gamma: range of the exponent of the intensities, which lie in [0, 1]; drawn on a logarithmic scale.
+        gamma: range of the exponent of the intensities, drawn on a logarithmic scale; they have to be scaled to [0, 1],
+            what lies outside is clipped.
         brightness: largest shift of the intensities, to either side.
         noise: largest standard deviation of Gaussian noise.
     """
@@ -92,7 +93,8 @@ class SlicePatchDataset(IterableDataset):
 
     Args:
         data: datalist items with the keys that ``transform`` reads.
-        transform: deterministic preprocessing to channel-first ``(C, H, W, D)`` entries ``image`` and ``label``.
+        transform: deterministic preprocessing to channel-first ``(C, H, W, D)`` entries ``image`` and ``label``, with
+            intensities scaled to [0, 1], since they are held in half precision.
         patch_size: edge of the square patches in pixels; smaller slices are padded with zeros.
         batch_size: patches per batch.
         length: batches per epoch.
@@ -105,8 +107,8 @@ class SlicePatchDataset(IterableDataset):
         ``{"image": (B, C, patch_size, patch_size) float, "label": (B, 1, patch_size, patch_size) float}``.
 
     Raises:
-        ValueError: for an empty datalist, a label of another shape than its image's, or if positives are asked of data
-            without a labelled pixel.
+        ValueError: for an empty datalist, a share that is none, a label of another shape than its image's, or if
+            positives are asked of data without a labelled pixel.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class SlicePatchDataset(IterableDataset):
         super().__init__()
         if len(data) == 0:
             raise ValueError("The datalist has no training items. Check data_list_file_path and fold.")
+        if not 0 <= positive_share <= 1:
+            raise ValueError(f"positive_share is a share of the patches, between 0 and 1, got {positive_share}.")
         self.data = data
         self.patch_size = patch_size
         self.batch_size = batch_size

@@ -177,6 +177,12 @@ def test_each_labelled_pixel_can_be_the_forced_one():
     assert 60 < (mean < 0.5).sum() < 140
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_is_between_0_and_1(share):
+    with pytest.raises(ValueError, match=f"positive_share .* between 0 and 1, got {share}"):
+        marked(one_pixel_in_three_slices(), positive_share=share)
+
+
 def test_positives_in_a_small_slice():
     labels = np.zeros((5, 30, 2), np.uint8)
     labels[4, 29, 1] = 2
