@@ -21,6 +21,7 @@ from cardiac_qc_plugin.workflows.correct import RECORD, accept_edits, write_corr
 from cardiac_qc_plugin.workflows.files import (
     Volume,
     case_folders,
+    check_folder,
     file_sha256,
     read_json,
     read_volume,
@@ -301,10 +302,12 @@ class Seat:
 
     Raises:
         ValueError: there is no case with flagged regions, or the output lies in the predictions.
+        OSError: the output cannot be a folder.
     """
 
     def __init__(self, predictions: str | Path, output: str | Path) -> None:
         self.predictions, self.output = Path(predictions).resolve(), Path(output).resolve()
+        check_folder(self.output)
         if self.output.is_relative_to(self.predictions):
             raise ValueError(f"{output} is in the predictions {predictions}: write the review somewhere else.")
         folders = {path.relative_to(self.predictions).as_posix(): path for path in case_folders(self.predictions)}

@@ -16,7 +16,15 @@ from cardiac_qc_plugin.transforms.correction import (
     simulate_correction,
 )
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
-from cardiac_qc_plugin.workflows.files import Volume, file_sha256, read_json, read_volume, write_json, write_like
+from cardiac_qc_plugin.workflows.files import (
+    Volume,
+    check_folder,
+    file_sha256,
+    read_json,
+    read_volume,
+    write_json,
+    write_like,
+)
 from cardiac_qc_plugin.workflows.references import (
     Outcome,
     References,
@@ -64,6 +72,7 @@ def correct(
         OSError: the output cannot be written.
     """
     predictions, output = Path(predictions), Path(output)
+    check_folder(output)
     if (reference is None) == (edited is None):
         raise ValueError("Give one of reference (simulated correction) and edited (an expert's masks).")
     for name, source in (("predictions", predictions), ("reference", reference), ("edited masks", edited)):

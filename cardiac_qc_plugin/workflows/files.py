@@ -1,6 +1,7 @@
 """What the stages read and write. Every file appears under its name only when it is complete."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -187,12 +188,25 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_folder(output: Path) -> None:
+    """Refuse an output folder that cannot be one, before anything is done.
+
+    Raises:
+        OutputError: it is a file, or would lie in one; the message names both.
+    """
+    there = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise OutputError(errno.ENOTDIR, f"cannot write to {output}: {there} is no folder. Give another output folder.")
+
+
 def check_output(output: Path, command: str, *inputs: str | Path) -> None:
     """Refuse an output folder that is one of the inputs, or a case, or has another command's ``summary.json``.
 
     Raises:
         ValueError: naming the folder.
+        OutputError: see `check_folder`.
     """
+    check_folder(output)
     if (output / "segmentation.nii.gz").is_file() or any(output.resolve() == Path(one).resolve() for one in inputs):
         raise ValueError(f"{output} is an input of this command: write to another folder.")
     summary = output / "summary.json"

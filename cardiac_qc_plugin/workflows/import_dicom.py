@@ -12,7 +12,7 @@ import nibabel as nib
 from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 
-from .files import OutputError, read_json, write_file, write_json, write_rows
+from .files import OutputError, check_folder, read_json, write_file, write_json, write_rows
 
 __all__ = ["NAMES", "Inputs", "gather_scans", "import_dicom"]
 
@@ -52,8 +52,10 @@ def gather_scans(
 
     Raises:
         ValueError: if nothing is there, or no file in it is a scan.
+        OutputError: if the output cannot be a folder.
     """
     path = Path(path)
+    check_folder(Path(output))
     files = dicom_files(path) if path.is_dir() or (path.is_file() and path.suffix != ".json") else []
     if not files:
         return Inputs(find_scans(path, root, fold))

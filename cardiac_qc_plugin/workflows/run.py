@@ -24,7 +24,17 @@ from cardiac_qc_plugin.transforms.spatial import spacing_of
 
 from .calibrate import promised_threshold
 from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
-from .files import OutputError, Volume, file_sha256, read_json, read_volume, write_csv, write_json, write_like
+from .files import (
+    OutputError,
+    Volume,
+    check_folder,
+    file_sha256,
+    read_json,
+    read_volume,
+    write_csv,
+    write_json,
+    write_like,
+)
 from .overlap import Overlap
 from .table import write_table_of_run
 from .urgency import scores, urgencies
@@ -423,6 +433,7 @@ def run(
         CaseFailures: at the end, if any case failed.
     """
     output = Path(output)
+    check_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
     failures = [*failures, *broken]
