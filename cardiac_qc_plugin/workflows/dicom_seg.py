@@ -60,7 +60,7 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
         What was written, and what could not be.
 
     Raises:
-        ValueError: if highdicom is missing, or no result came from DICOM.
+        ValueError: if highdicom is missing, no result came from DICOM, or there is no DICOM file.
         OSError: a file cannot be written.
     """
     try:
@@ -70,10 +70,13 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
     records = sorted(Path(predictions).glob("*/dicom.json"))
     if not records:
         raise ValueError(f"{predictions}: no dicom.json in its folders. Give the output folder of 'run' on DICOM.")
+    files = dicom_files(dicom)
+    if not files:
+        raise ValueError(f"{dicom}: no such folder, or no DICOM file in it. Give the folder of the source images.")
     sources = {}
     with config.disable_value_validation(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The string .* person name")  # it has the patient's name in it
-        for file in dicom_files(dicom):
+        for file in files:
             try:
                 header = dcmread(file, stop_before_pixels=True, specific_tags=["SOPInstanceUID"], force=True)
                 sources[str(header.get("SOPInstanceUID"))] = file

@@ -124,6 +124,10 @@ def test_what_cannot_be_done_is_said(tmp_path):
         write_dicom_seg(tmp_path, tmp_path)
     files = write(tmp_path / "in", cine())
     run_on(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    for folder in ("nosuch", "empty"):
+        with pytest.raises(ValueError, match=f"{folder}: no such folder, or no DICOM file in it"):
+            write_dicom_seg(tmp_path / "out", tmp_path / folder)
     files[0].unlink()
     outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
     ((case, message),) = outcome.failures.items()
