@@ -80,10 +80,14 @@ def _note_other_cases(output: str, names: set[str]) -> None:
         )
 
 
-def _on_ray(engine: str) -> bool:
-    """Whether an engine is Ray."""
+def _on_ray(engine: str, options: dict[str, bool]) -> bool:
+    """Whether an engine is Ray; of its own options, by name, those that were given are refused with the local one."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine is local or ray, got '{engine}'.")
+    if engine == "local" and (given := [f"--{name}" for name, is_given in options.items() if is_given]):
+        raise ValueError(
+            f"{', '.join(given)}: for --engine ray only, see docs/scaling.md. Leave these out, or give --engine ray."
+        )
     return engine == "ray"
 
 
@@ -172,7 +176,8 @@ def run(
 
     promise = {"catch": catch, "regions_per_patient": regions_per_patient, "calibration": calibration}
     load = partial(load_predictors, model, map, samples, sample_phases, root=bundle_dir, threshold=threshold, **promise)
-    if _on_ray(engine):
+    own = {"address": address is not None, "workers": workers is not None, "worker_cpus": worker_cpus != 1}
+    if _on_ray(engine, own | {"worker_gpus": worker_gpus != 0, "retries": retries != 3}):
         from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort
         from cardiac_qc_plugin.workflows.cohort.pool import Cluster
 
@@ -182,6 +187,8 @@ def run(
         cluster = Cluster(address, workers, worker_cpus, worker_gpus)
         return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold, curve))
     inputs = _gather(input, output, root, fold, series, name_by)
+    if (ed, es) != (None, None) and not any("/phase" in scan.case for scan in inputs.scans):
+        raise ValueError(f"{input}: --ed and --es are for cines, and none of these scans is one. Leave them out.")
     _note_other_cases(output, {scan.case for scan in inputs.scans} | {case for case, _ in inputs.failures})
     models, preview = load(device=device)
     write_operating_curve(output, _promised(models, calibration))
@@ -625,7 +632,8 @@ def reproduce(
         device=device,
         bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,
     )
-    cluster = Cluster(address, None, worker_cpus, worker_gpus) if _on_ray(engine) else None
+    own = {"address": address is not None, "worker_cpus": worker_cpus != 1, "worker_gpus": worker_gpus != 0}
+    cluster = Cluster(address, None, worker_cpus, worker_gpus) if _on_ray(engine, own) else None
     _finish(reproduce_workflow(settings, budget_minutes, dry_run, cluster))
 
 

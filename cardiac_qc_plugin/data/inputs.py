@@ -93,9 +93,11 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         fold: take the items with this ``fold`` of a datalist or manifest only.
 
     Raises:
-        ValueError: if nothing is there, or a list cannot be read; the message names the file.
+        ValueError: if nothing is there, a list cannot be read, or `root` or `fold` is given for what is no list; the
+            message names the file.
     """
     path = Path(path)
+    check_list_options(path, root, fold)
     if path.is_dir():
         files, nothing = (
             map(InputFile, folder_files(path)),
@@ -114,6 +116,16 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         yield file
     if empty:
         raise ValueError(f"{path}: {nothing}")
+
+
+def check_list_options(path: Path, root: str | Path | None, fold: int | None) -> None:
+    """Raise ValueError for options of a list where the input is none: all of it would be taken without a word."""
+    given = [name for name, value in (("--root", root), ("--fold", fold)) if value is not None]
+    if given and path.exists() and (path.is_dir() or path.suffix not in READERS):
+        raise ValueError(
+            f"{path}: {', '.join(given)}: for a datalist or manifest only ({', '.join(READERS)}). "
+            "Leave these out, or give the list."
+        )
 
 
 def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:

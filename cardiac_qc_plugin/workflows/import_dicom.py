@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 
 from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
-from cardiac_qc_plugin.data.inputs import Scan, find_scans
+from cardiac_qc_plugin.data.inputs import Scan, check_list_options, find_scans
 
 from .files import OutputError, check_folder, read_json, write_file, write_json, write_rows
 
@@ -51,13 +51,16 @@ def gather_scans(
         series, name_by: see :func:`import_dicom`.
 
     Raises:
-        ValueError: if nothing is there, or no file in it is a scan.
+        ValueError: if nothing is there, no file in it is a scan, or an option is given that is for other inputs.
         OutputError: if the output cannot be a folder.
     """
     path = Path(path)
     check_folder(Path(output))
+    check_list_options(path, root, fold)
     files = dicom_files(path) if path.is_dir() or (path.is_file() and path.suffix != ".json") else []
     if not files:
+        if path.exists() and (series or name_by != "study"):
+            raise ValueError(f"{path}: --series and --name_by are for DICOM, and no file is. Leave them out.")
         return Inputs(find_scans(path, root, fold))
     inputs = import_dicom(files, Path(output), series, name_by)
     if path.is_dir():

@@ -484,6 +484,26 @@ def test_a_failure_within_a_transform_says_what_failed(predictors, tmp_path, mon
     assert caught.value.failures == [("scan", "OverflowError: too large")]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fold", 1), "scans: --fold: for a datalist or manifest only"),
+        (("--root", "/nowhere", "--fold", 1), "scans: --root, --fold: for a datalist or manifest only"),
+        (("--series", 3), "scans: --series and --name_by are for DICOM"),
+        (("--name_by", "folder"), "scans: --series and --name_by are for DICOM"),
+        (("--ed", 4), "scans: --ed and --es are for cines"),
+        (("--workers", 3, "--address", "foo:1"), "--address, --workers: for --engine ray only"),
+        (("--retries", 1), "--retries: for --engine ray only"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused_before_anything_is_done(options, message, tmp_path):
+    (tmp_path / "scans").mkdir()
+    save(tmp_path / "scans" / "scan.nii.gz", stack())
+    done = command("run", "--input", tmp_path / "scans", "--output", tmp_path / "out", *options)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_line_datalist(tmp_path):
     write_acdc_like(tmp_path / "acdc", 8, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
     done = command("datalist", "--root", tmp_path / "acdc", "--output", tmp_path / "folds.json", "--folds", 2)
