@@ -31,6 +31,7 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     """Write a network's weights as a bare state dict in fp16 (integers as they are), under a temporary name first.
 
     Batch normalization's statistics and all other values stay far inside fp16's range; loading converts back to fp32.
+    A detector's operating point beside them, which belongs to the weights that were there, is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,7 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         torch.save(state, temporary)
+        _operating_point(path).unlink(missing_ok=True)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,13 +76,17 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
             "Check network_def against the bundle they came from."
         )
     point = _operating_point(path)
-    record = json.loads(point.read_text()) if point.is_file() else {}
     size = getattr(network, "region_size", None)
-    if size is not None and record.get("region_size", size) != size:
-        raise ValueError(
-            f"{path}: trained for regions of {record['region_size']} pixels, by {point.name}, and used for {size}. "
-            f"Give region_size {record['region_size']}."
-        )
+    if size is not None and point.is_file():
+        try:
+            trained = json.loads(point.read_text()).get("region_size", size)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{point}: not the operating point of a detector ({error}).") from error
+        if trained != size:
+            raise ValueError(
+                f"{path}: trained for regions of {trained} pixels, by {point.name}, and used for {size}. "
+                f"Give region_size {trained}."
+            )
     network.load_state_dict(state)
     return network
 

@@ -664,14 +664,15 @@ class FusedNetwork:
 
         What a network's ``forward`` does with its layers, cannot be seen from outside: it may take a part of a
         sequence, or share a layer. So one that is not of this package is compared with its own passes, without dropout
-        and with the same masks, in fp32, on the first image (1, C, H, W) that it is asked about.
+        and with the same masks, in fp32, on an image of the size (1, C, H, W) that it is first asked about.
         """
         if self.agrees is None:
             network = self.plain.network
             if image.device.type != "cpu":  # where the masks of both are the same
-                network, image = copy.deepcopy(network).cpu(), image.cpu()
+                network = copy.deepcopy(network).cpu()
             try:
-                self.agrees = _same_passes(network, image)
+                noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))  # the image may be blank
+                self.agrees = _same_passes(network, noise)
                 reason = "their maps are others"
             except Exception as error:  # of any layer that meets what it does not know
                 self.agrees, reason = False, repr(error)

@@ -187,7 +187,8 @@ def run(
         cluster = Cluster(address, workers, worker_cpus, worker_gpus)
         return _finish(run_cohort(input, str(output), make, cluster, retries, root, fold, curve))
     inputs = _gather(input, output, root, fold, series, name_by)
-    if (ed, es) != (None, None) and not any("/phase" in scan.case for scan in inputs.scans):
+    has_cine = any("/phase" in scan.case for scan in inputs.scans) or inputs.failures
+    if (ed, es) != (None, None) and not has_cine:
         raise ValueError(f"{input}: --ed and --es are for cines, and none of these scans is one. Leave them out.")
     _note_other_cases(output, {scan.case for scan in inputs.scans} | {case for case, _ in inputs.failures})
     models, preview = load(device=device)

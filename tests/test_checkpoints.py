@@ -200,6 +200,11 @@ def test_detector_of_other_regions_is_refused(tmp_path):
     load_weights(FailureResNet(region_size=4), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model.pt: trained for regions of 4 pixels, .* Give region_size 4\."):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
+    (tmp_path / "model_operating_point.json").write_text("{")
+    with pytest.raises(ValueError, match="model_operating_point.json: not the operating point"):
+        load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
+    save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")  # the old one's does not belong to it
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 40, 250, 300, 1001, 3250, 4500, 8000, 100_000])

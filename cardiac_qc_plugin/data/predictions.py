@@ -39,7 +39,7 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
 
     Args:
         folder: where the scans are.
-        output: where results go; files in it are none, also if it lies in the folder.
+        output: where results go; files in it are none, if it is a folder below.
 
     Raises:
         ValueError: if there is no scan, or if two have one name, by which the results of one would replace the other's.
@@ -50,9 +50,14 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
         Traceback (most recent call last):
         ValueError: nowhere: no scan (.nii.gz) in this folder or below. Check --dataset_dir.
     """
-    own = Path(output).resolve()
-    scans = re.compile(r"[^.].*(?<!_gt)(?<!_4d)\.nii\.gz")
-    paths = [f for f in files_below(Path(folder)) if scans.fullmatch(f.name) and own not in f.resolve().parents]
+    root, own = Path(folder), Path(output).resolve()
+    paths = [
+        path
+        for path in files_below(root)
+        if re.search(r"(?<!_gt)(?<!_4d)\.nii\.gz$", path.name)
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and not (root.resolve() in own.parents and own in path.resolve().parents)
+    ]
     if not paths:
         raise ValueError(f"{folder}: no scan (.nii.gz) in this folder or below. Check --dataset_dir.")
     names: dict[str, Path] = {}

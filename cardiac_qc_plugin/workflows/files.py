@@ -209,8 +209,11 @@ def check_output(output: Path, command: str, *inputs: str | Path) -> None:
     check_folder(output)
     if (output / "segmentation.nii.gz").is_file() or any(output.resolve() == Path(one).resolve() for one in inputs):
         raise ValueError(f"{output} is an input of this command: write to another folder.")
-    summary = output / "summary.json"
-    if summary.is_file() and (other := read_json(summary).get("command", command)) != command:
+    try:
+        other = read_json(output / "summary.json")["command"]
+    except (ValueError, KeyError, TypeError):  # none, damaged, or of an earlier version
+        return
+    if other != command:
         raise ValueError(f"{output} has the results of {other}: write to another folder.")
 
 

@@ -159,8 +159,8 @@ def as_stored(path: Path, labels: Volume, prediction: Volume) -> Volume:
         ValueError: if the axes are others than the prediction's, and turned back do not lie where it lies.
     """
     own, other = labels.image.affine, prediction.image.affine
-    says_nothing = not any(labels.image.header[code] for code in CODES)
-    if says_nothing or nib.aff2axcodes(own) == nib.aff2axcodes(other):
+    say_how = [any(volume.image.header[code] for code in CODES) for volume in (labels, prediction)]
+    if not all(say_how) or nib.aff2axcodes(own) == nib.aff2axcodes(other):
         return labels
     turn = nib.orientations.ornt_transform(nib.io_orientation(own), nib.io_orientation(other))
     back = nib.orientations.inv_ornt_aff(turn, labels.data.shape)

@@ -340,6 +340,11 @@ def test_turned_axes_of_a_reference_beside_acdcs_affine(tmp_path):
     true = nib.Nifti1Image(labels, np.diag([-1.5, -1.2, 8.0, 1.0]))
     nib.save(nib.as_closest_canonical(true), tmp_path / "a_gt.nii.gz")
     np.testing.assert_array_equal(read_reference(tmp_path / "a_gt.nii.gz", prediction), labels)
+    uncoded = nib.Nifti1Image(labels, None)  # it does not say how it lies, and nibabel invents axes
+    uncoded.header.set_zooms((1.5, 1.2, 8.0))
+    nib.save(uncoded, tmp_path / "b.nii.gz")
+    nib.save(nib.Nifti1Image(labels, np.diag([1.5, 1.2, 8.0, 1.0])), tmp_path / "b_gt.nii.gz")
+    np.testing.assert_array_equal(read_reference(tmp_path / "b_gt.nii.gz", read_volume(tmp_path / "b.nii.gz")), labels)
     elsewhere = nib.Nifti1Image(labels, np.diag([1.5, 1.2, 8.0, 1.0]))  # the voxels' order, and other axes
     nib.save(elsewhere, tmp_path / "a_gt.nii.gz")
     with pytest.raises(ValueError, match=r"a_gt.nii.gz: its axes run otherwise than the prediction's \(RAS, not LPS\)"):

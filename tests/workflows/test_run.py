@@ -445,6 +445,10 @@ def test_scans_of_a_bundles_folder(tmp_path):
     (folder / "results").mkdir()
     (folder / "results" / "a_segmentation.nii.gz").touch()  # of an earlier run
     assert scan_items(folder, folder / "results") == expected
+    assert scan_items(folder, folder) == scan_items(folder, tmp_path)  # not below: nothing is left out
+    assert len(scan_items(folder, folder)) == 3
+    (folder / ".git").mkdir()
+    (folder / ".git" / "hidden.nii.gz").touch()
     (folder / "twice").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert scan_items(folder, folder / "results") == expected
     (folder / "other").mkdir()
