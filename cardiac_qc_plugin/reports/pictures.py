@@ -24,7 +24,7 @@ from skimage.measure import find_contours
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.transforms.regions import flagged_region_map, region_grid
-from cardiac_qc_plugin.transforms.spatial import CODES, seen_from_base
+from cardiac_qc_plugin.transforms.spatial import says_how_it_lies, seen_from_base
 from cardiac_qc_plugin.workflows.files import Volume, read_volume
 
 __all__ = ["GRID", "MAP_TOP", "Sheet", "draw_sheet", "map_colors", "mirrored_axes", "operating_grid"]
@@ -96,7 +96,7 @@ def mirrored_axes(image: nib.Nifti1Image) -> list[bool]:
     Of the two ways the one that has more of the patient's left and back to the right, and of back and feet below. As
     stored, where the header does not say how the image lies in the patient.
     """
-    if not any(image.header[code] for code in CODES):
+    if not says_how_it_lies(image.header):
         return [False, False]
     axes = image.affine[:3, :2] / np.linalg.norm(image.affine[:3, :2], axis=0)
     toward = axes[:, 0] @ (-1, -1, 0), axes[:, 1] @ (0, -1, -1)

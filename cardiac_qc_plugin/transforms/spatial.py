@@ -18,6 +18,7 @@ __all__ = [
     "LoadScand",
     "SeenFromApexd",
     "check_spacing",
+    "says_how_it_lies",
     "seen_from_base",
     "spacing_of",
 ]
@@ -147,6 +148,11 @@ class CheckScand(MapTransform):
         return {**data, **{key: check(data[key]) for key in self.key_iterator(data)}}
 
 
+def says_how_it_lies(codes: Mapping[str, Any]) -> bool:
+    """Whether a NIfTI header, or an image's ``meta``, says how the image lies in the patient: not with both codes 0."""
+    return any(np.any(convert_to_numpy(codes.get(code, 1))) for code in CODES)
+
+
 def seen_from_base(affine: np.ndarray, codes: Mapping[str, Any]) -> bool:
     """Whether slices, first axis to the right and second down, are seen from the base: mirrored, to a reader's eye.
 
@@ -155,9 +161,9 @@ def seen_from_base(affine: np.ndarray, codes: Mapping[str, Any]) -> bool:
 
     Args:
         affine: of the stack, (4, 4), to RAS.
-        codes: ``qform_code`` and ``sform_code`` of a NIfTI header; where both are 0 the affine says nothing.
+        codes: ``qform_code`` and ``sform_code`` of a NIfTI header, see `says_how_it_lies`.
     """
-    if not any(np.any(convert_to_numpy(codes.get(code, 1))) for code in CODES):
+    if not says_how_it_lies(codes):
         return False
     axes = convert_to_numpy(affine)[:3, :2].astype(float)
     normal = np.cross(*(axes / np.linalg.norm(axes, axis=0)).T)

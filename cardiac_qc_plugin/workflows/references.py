@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cardiac_qc_plugin.data.acdc import read_info
 from cardiac_qc_plugin.data.predictions import files_below
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
-from cardiac_qc_plugin.transforms.spatial import CODES
+from cardiac_qc_plugin.transforms.spatial import says_how_it_lies
 from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
 
 __all__ = [
@@ -159,8 +159,8 @@ def as_stored(path: Path, labels: Volume, prediction: Volume) -> Volume:
         ValueError: if the axes are others than the prediction's, and turned back do not lie where it lies.
     """
     own, other = labels.image.affine, prediction.image.affine
-    say_how = [any(volume.image.header[code] for code in CODES) for volume in (labels, prediction)]
-    if not all(say_how) or nib.aff2axcodes(own) == nib.aff2axcodes(other):
+    both_say = all(says_how_it_lies(volume.image.header) for volume in (labels, prediction))
+    if not both_say or nib.aff2axcodes(own) == nib.aff2axcodes(other):
         return labels
     turn = nib.orientations.ornt_transform(nib.io_orientation(own), nib.io_orientation(other))
     back = nib.orientations.inv_ornt_aff(turn, labels.data.shape)
