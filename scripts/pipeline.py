@@ -28,6 +28,8 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 
 def _summary(cases: list[dict], output: str) -> None:
@@ -80,11 +82,13 @@ def _note_other_cases(output: str, names: set[str]) -> None:
         )
 
 
-def _on_ray(engine: str, options: dict[str, bool]) -> bool:
-    """Whether an engine is Ray; of its own options, by name, those that were given are refused with the local one."""
+def _on_ray(engine: str, command: Callable[..., None], **options: Any) -> bool:
+    """Whether an engine is Ray; of its own options those that are not the command's defaults the local one refuses."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine is local or ray, got '{engine}'.")
-    if engine == "local" and (given := [f"--{name}" for name, is_given in options.items() if is_given]):
+    defaults = inspect.signature(command).parameters
+    given = [f"--{name}" for name, value in options.items() if value != defaults[name].default]
+    if engine == "local" and given:
         raise ValueError(
             f"{', '.join(given)}: for --engine ray only, see docs/scaling.md. Leave these out, or give --engine ray."
         )
@@ -176,8 +180,8 @@ def run(
 
     promise = {"catch": catch, "regions_per_patient": regions_per_patient, "calibration": calibration}
     load = partial(load_predictors, model, map, samples, sample_phases, root=bundle_dir, threshold=threshold, **promise)
-    own = {"address": address is not None, "workers": workers is not None, "worker_cpus": worker_cpus != 1}
-    if _on_ray(engine, own | {"worker_gpus": worker_gpus != 0, "retries": retries != 3}):
+    own = {"address": address, "workers": workers, "worker_cpus": worker_cpus, "worker_gpus": worker_gpus}
+    if _on_ray(engine, run, **own, retries=retries):
         from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort
         from cardiac_qc_plugin.workflows.cohort.pool import Cluster
 
@@ -633,8 +637,8 @@ def reproduce(
         device=device,
         bundle_dir=Path(bundle_dir).resolve() if bundle_dir else None,
     )
-    own = {"address": address is not None, "worker_cpus": worker_cpus != 1, "worker_gpus": worker_gpus != 0}
-    cluster = Cluster(address, None, worker_cpus, worker_gpus) if _on_ray(engine, own) else None
+    own = {"address": address, "worker_cpus": worker_cpus, "worker_gpus": worker_gpus}
+    cluster = Cluster(address, None, worker_cpus, worker_gpus) if _on_ray(engine, reproduce, **own) else None
     _finish(reproduce_workflow(settings, budget_minutes, dry_run, cluster))
 
 
