@@ -31,7 +31,8 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     """Write a network's weights as a bare state dict in fp16 (integers as they are), under a temporary name first.
 
     Batch normalization's statistics and all other values stay far inside fp16's range; loading converts back to fp32.
-    A detector's operating point beside them, which belongs to the weights that were there, is removed.
+    An operating point beside them is removed if it is of a detector of other regions. One of the same regions stays: a
+    training that goes on from the weights that were there, without held-out cases, can choose no other.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,9 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         torch.save(state, temporary)
-        _operating_point(path).unlink(missing_ok=True)
+        size = getattr(network, "region_size", None)
+        if _trained_region_size(path, size) != size:
+            _operating_point(path).unlink()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -75,20 +78,28 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
             f"{len(expected | found)} entries differ, '{wrong[0]}' first. "
             "Check network_def against the bundle they came from."
         )
-    point = _operating_point(path)
     size = getattr(network, "region_size", None)
-    if size is not None and point.is_file():
-        try:
-            trained = json.loads(point.read_text()).get("region_size", size)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{point}: not the operating point of a detector ({error}).") from error
-        if trained != size:
-            raise ValueError(
-                f"{path}: trained for regions of {trained} pixels, by {point.name}, and used for {size}. "
-                f"Give region_size {trained}."
-            )
+    trained = _trained_region_size(path, size)
+    if trained is None and size is not None:
+        raise ValueError(f"{_operating_point(path)}: not the operating point of a detector.")
+    if trained != size:
+        raise ValueError(
+            f"{path}: trained for regions of {trained} pixels, by {_operating_point(path).name}, and used for {size}. "
+            f"Give region_size {trained}."
+        )
     network.load_state_dict(state)
     return network
+
+
+def _trained_region_size(weights: str | Path, size: int | None) -> int | None:
+    """Region size that a detector's operating point tells, ``size`` if it or the file says none; None if damaged."""
+    point = _operating_point(weights)
+    if size is None or not point.is_file():
+        return size
+    try:
+        return json.loads(point.read_text()).get("region_size", size)
+    except (ValueError, AttributeError):
+        return None
 
 
 def _operating_point(weights: str | Path) -> Path:

@@ -203,8 +203,18 @@ def test_detector_of_other_regions_is_refused(tmp_path):
     (tmp_path / "model_operating_point.json").write_text("{")
     with pytest.raises(ValueError, match="model_operating_point.json: not the operating point"):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
-    save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")  # the old one's does not belong to it
+    save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_operating_point_stays_for_weights_of_the_same_regions(tmp_path):
+    weights, point = tmp_path / "model.pt", tmp_path / "model_operating_point.json"
+    for record, size, stays in (('{"threshold": 0.3, "region_size": 8}', 8, True), ('{"threshold": 0.3}', 4, True),
+                                ('{"threshold": 0.3, "region_size": 8}', 4, False)):  # fmt: skip
+        point.write_text(record)
+        save_weights(FailureResNet(region_size=size), weights)
+        assert point.exists() == stays
+        load_weights(FailureResNet(region_size=size), weights)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 40, 250, 300, 1001, 3250, 4500, 8000, 100_000])
