@@ -1,7 +1,11 @@
 """Settings and data shared by all tests: one thread per process, and ACDC where it is at hand."""
 
 import os
+import runpy
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +31,32 @@ def acdc_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("set ACDC_DIR to the folder with ACDC's patient folders")
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable:
+    """The command line, as ``command("run", ..., cwd=folder)``; gives exit code and output, as a process would.
+
+    In this process: one of its own takes seconds to import MONAI.
+    """
+    script = Path(__file__).resolve().parents[1] / "scripts" / "pipeline.py"
+
+    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        code, handler = 0, signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+            if cwd is not None:
+                patch.chdir(cwd)
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code or 0
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

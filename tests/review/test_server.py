@@ -278,12 +278,13 @@ def test_nobody_reviews_without_a_name(page):
         assert page.post("open", case="p1_ed", reviewer=name).status_code == 422
 
 
-def test_a_reviewers_name_is_utf_8(page, predictions, tmp_path):
+def test_a_reviewers_name_is_utf_8(page, predictions, tmp_path, command):
     body = json.dumps({"case": "p1_ed", "reviewer": "M\udcfcller"})
     answer = page.client.post("/api/open", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422 and "'M\\udcfcller' is not UTF-8" in answer.json()["error"]
     assert not journal(tmp_path)
-    outcome = run_command(predictions, tmp_path / "other", "--reviewer", b"M\xfcller")
+    places = ("--predictions", predictions, "--output", tmp_path / "other")
+    outcome = command("review", *places, "--reviewer", os.fsdecode(b"M\xfcller"), "--no_browser")
     assert outcome.returncode == 1 and "is not UTF-8" in outcome.stderr and outcome.stderr.count("\n") == 1
     assert not (tmp_path / "other").exists()
 
@@ -679,18 +680,13 @@ def load(path):
     return np.asanyarray(nib.load(path).dataobj)
 
 
-def run_command(predictions, output, *options):
-    command = [sys.executable, PIPELINE, "review", "--predictions", predictions, "--output", output, "--no_browser"]
-    return subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=120)
-
-
-def test_what_is_wrong_with_the_command_is_one_line(predictions, tmp_path):
+def test_what_is_wrong_with_the_command_is_one_line(predictions, tmp_path, command):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no segmentation.nii.gz in it"):
         Seat(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ValueError, match="the folder of one case"):
         Seat(predictions / "p1_ed", tmp_path / "out")
-    outcome = run_command(predictions, predictions / "out")
+    outcome = command("review", "--predictions", predictions, "--output", predictions / "out", "--no_browser")
     assert outcome.returncode == 1 and "write the review somewhere else" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
 

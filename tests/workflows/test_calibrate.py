@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -162,7 +161,7 @@ def test_files_that_are_no_calibration(tmp_path, text):
         read_calibration(tmp_path / "file.json")
 
 
-def test_check_and_test_from_the_command_line(cohort, tmp_path):
+def test_check_and_test_from_the_command_line(cohort, tmp_path, command):
     root, _ = cohort
     others = tmp_path / "others"
     for kind in ("run", "acdc"):
@@ -170,9 +169,8 @@ def test_check_and_test_from_the_command_line(cohort, tmp_path):
         for path in sorted(others.rglob("*patient*"), reverse=True):
             path.rename(path.with_name(path.name.replace("patient", "other")))
     shutil.copytree(root / "acdc", others / "acdc", dirs_exist_ok=True)
-    command = [sys.executable, ROOT / "scripts" / "pipeline.py", "calibrate", "--predictions", root / "run"]
-    command += ["--reference", others / "acdc", "--output", root / "cli.json", "--check", "--test", others / "run"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    arguments = ["--reference", others / "acdc", "--output", root / "cli.json", "--check", "--test", others / "run"]
+    result = command("calibrate", "--predictions", root / "run", *arguments)
     assert result.returncode == 0, result.stderr
     assert (root / "cli.json").is_file()
     assert "2 / 1, each left out" in result.stdout and f"3 / 3 of {others / 'run'}" in result.stdout
@@ -218,15 +216,20 @@ def test_another_operating_point_is_another_detector(bundles, tmp_path):
     assert second.config.get_parsed_content("threshold") == 0.25
 
 
-def run_command(root, output, *options):
+@pytest.fixture
+def run_command(command):
+    """The command ``run`` on a scan of noise, with the bundles in a folder."""
+    return partial(run_on_noise, command)
+
+
+def run_on_noise(command, root, output, *options):
     image = nib.Nifti1Image(np.random.default_rng(0).random((64, 64, 2)).astype(np.float32), np.diag([1.5, 1.5, 8, 1]))
     nib.save(image, root / "scan.nii.gz")
-    command = [sys.executable, ROOT / "scripts" / "pipeline.py", "run", "--input", root / "scan.nii.gz"]
-    command += ["--output", output, "--model", "dn", "--samples", 2, "--bundle_dir", root, *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    arguments = ("--output", output, "--model", "dn", "--samples", 2, "--bundle_dir", root)
+    return command("run", "--input", root / "scan.nii.gz", *arguments, *options)
 
 
-def test_run_flags_by_the_promise_and_records_it(bundles, tmp_path):
+def test_run_flags_by_the_promise_and_records_it(bundles, tmp_path, run_command):
     root, _, calibration = bundles
     result = run_command(root, tmp_path, "--catch", 0.9)
     assert result.returncode == 0, result.stderr
@@ -245,7 +248,7 @@ def test_run_flags_by_the_promise_and_records_it(bundles, tmp_path):
     assert qc["promise"] is None and qc["detection"]["threshold"] == 0.5
 
 
-def test_promises_that_run_refuses(bundles, tmp_path):
+def test_promises_that_run_refuses(bundles, tmp_path, run_command):
     root, models, calibration = bundles
     with pytest.raises(ValueError, match="not both"):
         promised_threshold(*models, catch=0.9, regions_per_patient=5)

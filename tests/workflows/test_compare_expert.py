@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -123,15 +121,13 @@ def test_masks_that_are_refused(study):
         compare_expert(root / "run", root / "masks", root / "acdc", root / "out", on_outside="keep")
 
 
-def test_the_command(study):
+def test_the_command(study, command):
     root, _ = study
-    command = [sys.executable, ROOT / "scripts" / "pipeline.py", "compare_expert", "--predictions", root / "run"]
-    command += ["--expert", root / "masks", "--reference", root / "acdc", "--output", root / "out"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    places = ("--predictions", root / "run", "--reference", root / "acdc", "--output", root / "out")
+    result = command("compare_expert", *places, "--expert", root / "masks")
     assert result.returncode == 0, result.stderr
     assert "auto + expert, paper" in result.stdout and "p, auto + expert, Wilcoxon" in result.stdout
     (root / "empty").mkdir()
     save(root / "empty" / "other.nii.gz", load(root / "masks" / f"{EDITED[0]}.nii.gz"))
-    command[command.index("--expert") + 1] = root / "empty"
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    result = command("compare_expert", *places, "--expert", root / "empty")
     assert result.returncode == 1 and "masks of none of the 6 cases" in result.stderr

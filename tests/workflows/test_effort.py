@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,13 +165,12 @@ def test_other_cases_are_not_drawn_beside(study, tmp_path):
     assert not (tmp_path / "out" / "effort.csv").exists()
 
 
-def test_the_command(study, tmp_path):
+def test_the_command(study, tmp_path, command):
     root, *_ = study
     copy_with_emap(root, tmp_path / "run")
     (tmp_path / "run" / "patient002_frame05" / "qc.json").write_text("{}")
-    command = [sys.executable, ROOT / "scripts" / "pipeline.py", "effort", "--predictions", root / "run"]
-    command += ["--reference", root / "acdc", "--output", tmp_path / "out", "--compare_map", tmp_path / "run"]
-    result = subprocess.run(list(map(str, command)) + ["--seeds", "1"], capture_output=True, text=True, timeout=120)
+    places = ("--reference", root / "acdc", "--output", tmp_path / "out", "--compare_map", tmp_path / "run")
+    result = command("effort", "--predictions", root / "run", *places, "--seeds", 1)
     assert result.returncode == 1, result.stderr  # a case without detection
     assert "patient002_frame05" in result.stdout and "not detected" in result.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

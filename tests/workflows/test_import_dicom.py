@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from test_run import bundles, command  # noqa: F401 (a fixture)
+from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.workflows.files import OutputError
@@ -156,7 +156,7 @@ def test_a_cine_that_cannot_be_read_is_a_failure(tmp_path):
     assert not list((tmp_path / "out").glob("*/dicom.json"))
 
 
-def test_run_command(bundles, tmp_path):  # noqa: F811
+def test_run_command(bundles, tmp_path, command):  # noqa: F811
     """One command from DICOM to report; the patient's name is in the files read, and in none written."""
     phantom, _ = ShortAxisPhantom(seed=1, shape=(64, 72), n_slices=5, spacing=(2.5, 2.5, 8.0)).cine(6)
     images = cine(phases=6)

@@ -234,7 +234,7 @@ def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, wor
     assert re.search(r"drn_ce/fold0/segmentation +to do: 3 iterations, resumes near 1, \d+\.\d\d h", plan)
     assert re.search(r"drn_ce/fold0/bmap/test +to do: 6 scans, T = 2, ", plan)
     assert re.search(r"train cardiac_drn_segmentation: \d+\.\d+ s per step on \w+ with 1 thread", plan)
-    assert re.search(r"segment cardiac_drn_segmentation: \d+ ns per pixel and pass on ", plan)
+    assert re.search(r"segment cardiac_drn_segmentation: \d+ ns per pixel, and \d+ a sample, on ", plan)
     assert written(settings.output) == before
     times = read_json(settings.output / "step_times.json").values()
     for step in (t for t in times if "seconds" in t):

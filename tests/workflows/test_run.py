@@ -341,12 +341,7 @@ def test_full_disk_stops_and_leaves_no_half_file(scan, predictors, tmp_path, mon
     check_files(tmp_path / "oblique", scan)
 
 
-def command(*arguments, cwd=None):
-    line = [sys.executable, ROOT / "scripts" / "pipeline.py", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd)
-
-
-def test_command_line(bundles, tmp_path):
+def test_command_line(bundles, tmp_path, command):
     """Run, correct and evaluate on an ACDC folder; a broken scan makes the exit code non-zero."""
     write_acdc_like(tmp_path / "acdc", 1)
     settings = ("--model", "dn", "--samples", 2, "--device", "cpu", "--bundle_dir", bundles)
@@ -360,7 +355,8 @@ def test_command_line(bundles, tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "evaluation" / "summary.md").is_file()
     (tmp_path / "acdc" / "broken.nii.gz").write_text("no image")
-    done = command("run", "--input", tmp_path / "acdc", "--output", tmp_path / "out", *settings)
+    line = (ROOT / "scripts" / "pipeline.py", "run", "--input", tmp_path / "acdc", "--output", tmp_path / "out")
+    done = subprocess.run(list(map(str, (sys.executable, *line, *settings))), capture_output=True, text=True)
     assert done.returncode == 1
     assert "broken.nii.gz: not a NIfTI image" in done.stderr and "Traceback" not in done.stderr
     assert "2 scan(s)" in done.stdout  # the sound ones
@@ -413,7 +409,7 @@ def test_command_line(bundles, tmp_path):
         (("effort", "out", "in", "effort"), "qc.json: no such file. Give the output folder of run."),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_done(arguments, message, tmp_path):
+def test_wrong_arguments_are_refused_before_anything_is_done(arguments, message, tmp_path, command):
     for folder in ("in", "out/case", "scans", "results"):
         (tmp_path / folder).mkdir(parents=True)
     save(tmp_path / "scans" / "case.nii.gz", stack())
@@ -459,13 +455,13 @@ def test_scans_of_a_bundles_folder(tmp_path):
         scan_items(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_help_lists_options_only():
+def test_help_lists_options_only(command):
     done = command("run", "--help")
     assert done.returncode == 0 and "--samples" in done.stderr + done.stdout
     assert "GROUP" not in done.stderr + done.stdout
 
 
-def test_cases_of_another_input_are_named(bundles, tmp_path):
+def test_cases_of_another_input_are_named(bundles, tmp_path, command):
     settings = ("--model", "dn", "--samples", 2, "--device", "cpu", "--bundle_dir", bundles)
     for name in ("first", "second"):
         save(tmp_path / f"{name}.nii.gz", stack())
@@ -500,7 +496,7 @@ def test_a_failure_within_a_transform_says_what_failed(predictors, tmp_path, mon
         (("--retries", 1), "--retries: for --engine ray only"),
     ],
 )
-def test_options_that_do_not_apply_are_refused_before_anything_is_done(options, message, tmp_path):
+def test_options_that_do_not_apply_are_refused_before_anything_is_done(options, message, tmp_path, command):
     (tmp_path / "scans").mkdir()
     save(tmp_path / "scans" / "scan.nii.gz", stack())
     done = command("run", "--input", tmp_path / "scans", "--output", tmp_path / "out", *options)
@@ -508,7 +504,7 @@ def test_options_that_do_not_apply_are_refused_before_anything_is_done(options, 
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_datalist(tmp_path):
+def test_command_line_datalist(tmp_path, command):
     write_acdc_like(tmp_path / "acdc", 8, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
     done = command("datalist", "--root", tmp_path / "acdc", "--output", tmp_path / "folds.json", "--folds", 2)
     assert done.returncode == 0, done.stderr

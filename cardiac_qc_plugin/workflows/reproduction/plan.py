@@ -9,7 +9,7 @@ import nibabel as nib
 from monai.bundle import ConfigParser
 
 from .stages import Stage
-from .step_time import inference_pass, measured, training_step
+from .step_time import inference_time, measured, training_step
 from .training import checkpoint_iteration
 
 __all__ = ["describe"]
@@ -34,16 +34,16 @@ def training_estimate(stage: Stage, measure: Any) -> tuple[str, float, dict[str,
 
 
 def segmentation_estimate(stage: Stage, measure: Any) -> tuple[str, float, dict[str, Any]]:
-    """The scans of a segmentation, the seconds it takes, and the measured pass."""
+    """The scans of a segmentation, the seconds it takes, and the measured passes."""
     info = stage.info
     configs = [str(info["bundle"] / "configs" / "inference.json")]
     config = ConfigParser.load_config_files(configs)
     samples = info["own"].get("samples", config["samples"])
-    step = measure(inference_pass, configs, info["device"])
+    step = measure(inference_time, configs, info["device"])
     areas = [slice_area(scan.path) for scan in info["scans"]]
     pixels = sum(area * slices for area, slices in areas) / config["spacing"] ** 2
     note = f"{len(areas)} scans, T = {samples}"
-    return note, 1e-9 * step["nanoseconds_per_pixel"] * pixels * (samples + 1), step
+    return note, 1e-9 * pixels * (step["pass"] + samples * step["sample"]), step
 
 
 def describe(stages: Sequence[Stage], output: Path) -> str:
@@ -85,7 +85,7 @@ def measured_text(name: str, step: dict[str, Any]) -> str:
     where = f"on {step['device']} with {step['threads']} thread(s)"
     memory = "" if step["memory_gb"] is None else f", {step['memory_gb']:.1f} GB besides the data"
     if "seconds" not in step:
-        return f"{name}: {step['nanoseconds_per_pixel']:.0f} ns per pixel and pass {where}{memory}"
+        return f"{name}: {step['pass']:.0f} ns per pixel, and {step['sample']:.0f} a sample, {where}{memory}"
     shares = ", ".join(
         f"{part} {step[part] / step['seconds']:.0%}" for part in ("data", "forward", "backward", "optimizer")
     )

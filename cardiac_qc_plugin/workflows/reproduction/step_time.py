@@ -26,6 +26,7 @@ __all__ = ["measured"]
 
 STEPS = 3
 SLICES = (4, 1, 224, 224)  # a heart scan at 1.4 mm is about this large
+HEART = (112, 128)  # and the heart's region in it: on ACDC 13 to 41 % of the field, 26 % in the mean
 
 
 def measured(cache: Path, function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def measured(cache: Path, function: Callable[..., dict[str, Any]], *args: Any) -
 
     Args:
         cache: JSON file of earlier results on this machine.
-        function: `training_step` or `inference_pass`.
+        function: `training_step` or `inference_time`.
         *args: its arguments: files of a configuration, and its overrides.
     """
     texts = [Path(file).read_text() for file in args[0]]
@@ -107,23 +108,40 @@ def timed_steps(parser: ConfigParser) -> Iterator[dict[str, float]]:
         yield dict(zip(("data", "forward", "backward", "optimizer"), np.diff(marks).tolist(), strict=True))
 
 
-def inference_pass(configs: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Nanoseconds that one pass of a segmentation network takes per pixel, and the peak memory.
+def inference_time(configs: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Nanoseconds that a segmentation network takes per pixel of the field without dropout, and for each sample.
+
+    Samples that see the heart's region only are measured on a region of a heart's size.
 
     Args:
         configs: the files of a bundle's inference configuration.
         settings: entries to replace.
+
+    Returns:
+        ``pass`` and ``sample`` in nanoseconds per pixel, ``memory_gb``, ``device`` and ``threads``.
     """
     parser = ConfigParser()
     parser.read_config(configs)
-    parser.update({**settings, "samples": 1})  # one pass without dropout, and one with
+    region = parser.get("region")
+    parser.update({**settings, "region": "whole"})
     parser.parse()
     network, inferer, device = (parser.get_parsed_content(name) for name in ("network", "inferer", "device"))
     slices, prepared = torch.rand(SLICES, device=device), inferer.prepare(network.eval())
-    inferer(slices, prepared)
-    start = clock(device)
-    inferer(slices, prepared)
-    return {"nanoseconds_per_pixel": 1e9 * (clock(device) - start) / 2 / slices.numel(), **machine(parser)}
+    seen = slices[..., : HEART[0], : HEART[1]] if region == "heart" else slices
+
+    def seconds(image: torch.Tensor, samples: int) -> float:
+        inferer.samples = samples
+        inferer(image, prepared)  # to warm up
+        start = clock(device)
+        inferer(image, prepared)
+        return clock(device) - start
+
+    nanoseconds = 1e9 / slices.numel()
+    return {
+        "pass": nanoseconds * seconds(slices, 0),
+        "sample": nanoseconds * (seconds(seen, STEPS) - seconds(seen, 0)) / STEPS,
+        **machine(parser),
+    }
 
 
 def clock(device: torch.device) -> float:
