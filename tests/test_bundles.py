@@ -38,7 +38,7 @@ def config(bundle, name):
 def acdc_like(tmp_path_factory):
     """Phantoms in ACDC's layout with a two-fold datalist, and predictions with errors beside them."""
     root = tmp_path_factory.mktemp("acdc")
-    write_acdc_like(root / "data", 10)
+    write_acdc_like(root / "data", 10, shape=(48, 56), n_slices=2)
     datalist = acdc_datalist(root / "data", folds=2)
     write_json(root / "folds.json", datalist)
     for item in datalist["training"]:

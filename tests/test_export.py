@@ -58,6 +58,8 @@ ckpt_export(
 )
 evaluate = [files["train"], f"{bundle}/configs/evaluate.yaml"]
 scored = {**training, "output_dir": f"{scratch}/scores", "validate#inferer#amp": False}
+if "samples" in inference:
+    scored["samples"] = inference["samples"]
 runs = (("infer", files["inference"], inference), ("train", files["train"], training), ("train", evaluate, scored))
 for kind, config_file, settings in runs:
     workflow = ConfigWorkflow(config_file=config_file, workflow_type=kind, bundle_root=bundle, **settings)

@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from importlib.util import resolve_name
 from pathlib import Path
@@ -46,6 +47,7 @@ def is_package(module: str) -> bool:
     return source_file(module).name == "__init__.py"
 
 
+@cache
 def read_source(module: str) -> tuple[str, ast.Module]:
     """Text and syntax tree of a module of the plugin."""
     text = source_file(module).read_text(encoding="utf-8")
@@ -63,6 +65,7 @@ def imported_names(module: str, node: ast.stmt) -> dict[str, str]:
     return {a.asname or a.name: source if a.name == "*" else f"{source}.{a.name}" for a in node.names}
 
 
+@cache
 def modules_of(name: str) -> set[str]:
     """Modules that hold what a dotted name stands for, through the imports of ``__init__.py``.
 
