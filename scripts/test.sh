@@ -5,4 +5,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "[test]"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

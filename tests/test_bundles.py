@@ -3,11 +3,15 @@
 import contextlib
 import csv
 import json
+import multiprocessing
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import monai
 import nibabel as nib
 import numpy as np
 import pytest
@@ -200,29 +204,49 @@ def start(arguments, tmp_path, **options):
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
 
-def torchrun(run, overlays, acdc_like, tmp_path, bundle="cardiac_dn_segmentation", **options):
-    """Two processes on CPUs."""
+def distributed_settings(overlays, acdc_like, tmp_path, bundle="cardiac_dn_segmentation", **options):
     configs = ROOT / "bundles" / bundle / "configs"
-    arguments = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run", run]
-    common = {
-        "config_file": str([str(configs / name) for name in ("train.json", *overlays)]),
-        "bundle_root": configs.parent,
-        "dataset_dir": acdc_like / "data",
-        "data_list_file_path": acdc_like / "folds.json",
-        "ckpt_dir": tmp_path,
-        "output_dir": tmp_path / "eval",
+    return {
+        "config_file": [str(configs / name) for name in ("train.json", *overlays)],
+        "bundle_root": str(configs.parent),
+        "dataset_dir": str(acdc_like / "data"),
+        "data_list_file_path": str(acdc_like / "folds.json"),
+        "ckpt_dir": str(tmp_path),
+        "output_dir": str(tmp_path / "eval"),
+        **options,
     }
-    finished = start(arguments, tmp_path, **common, **options)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout + finished.stderr
+
+
+def two_processes(run, *places, **options):
+    """Two processes on CPUs, forks of this one with what torchrun would tell them."""
+    settings = distributed_settings(*places, **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run_as, args=(rank, port, run, settings)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def run_as(rank, port, run, settings):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True)))
+    monai.bundle.run(run, **settings)
 
 
 def test_two_processes_train_and_evaluate(acdc_like, tmp_path):
     regime = {"iterations": 2, "epoch_length": 1, "val_interval": 2, "batch_size": 2, "patch_size": 32}
-    torchrun("training", ["multi_gpu_train.yaml"], acdc_like, tmp_path, **regime)
+    arguments = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run", "training"]
+    settings = distributed_settings(["multi_gpu_train.yaml"], acdc_like, tmp_path, **regime)
+    finished = start(arguments, tmp_path, **settings)
+    assert finished.returncode == 0, finished.stderr[-3000:]
     assert not list(tmp_path.glob("resume*"))
     settings = {"samples": 2, "amp": False}
-    torchrun("evaluating", ["evaluate.yaml", "multi_gpu_evaluate.yaml"], acdc_like, tmp_path, **settings)
+    two_processes("evaluating", ["evaluate.yaml", "multi_gpu_evaluate.yaml"], acdc_like, tmp_path, **settings)
     together = csv_rows(tmp_path / "eval" / "val_mean_dice_raw.csv")
     train("cardiac_dn_segmentation", acdc_like, tmp_path, "evaluate.yaml", output_dir=str(tmp_path / "one"), **settings)
     alone = csv_rows(tmp_path / "one" / "val_mean_dice_raw.csv")
@@ -314,7 +338,7 @@ def test_two_processes_learn_as_one_with_the_joint_batch(acdc_like, tmp_path):
     (tmp_path / "same.yaml").write_text(SAME_BATCHES)
     options = {"batches": str(tmp_path / "batches.pt"), "iterations": 8, "epoch_length": 8, "amp": False}
     overlays = ["multi_gpu_train.yaml", str(tmp_path / "same.yaml")]
-    torchrun("training", overlays, acdc_like, tmp_path, bundle, **options)
+    two_processes("training", overlays, acdc_like, tmp_path, bundle, **options)
     weights = torch.load(tmp_path / "model.pt")
     train(bundle, acdc_like, tmp_path, str(tmp_path / "same.yaml"), **options)
     both, joint = ([torch.load(tmp_path / f"losses_{n}.pt") for n in names] for names in (("0", "1"), ("joint",)))
@@ -325,18 +349,18 @@ def test_two_processes_learn_as_one_with_the_joint_batch(acdc_like, tmp_path):
 
 
 def test_two_processes_train_a_detector(acdc_like, tmp_path):
-    options = {"predictions_dir": acdc_like / "predictions", "patch_size": 40, "min_size": 40, "iterations": 2}
-    torchrun("training", ["multi_gpu_train.yaml"], acdc_like, tmp_path, "cardiac_segmentation_failure", **options)
+    options = {"predictions_dir": str(acdc_like / "predictions"), "patch_size": 40, "min_size": 40, "iterations": 2}
+    two_processes("training", ["multi_gpu_train.yaml"], acdc_like, tmp_path, "cardiac_segmentation_failure", **options)
     assert json.loads((tmp_path / "model_operating_point.json").read_text())["n_volumes"] == 2
     overlays = ["evaluate.yaml", "multi_gpu_evaluate.yaml"]
-    torchrun(
+    two_processes(
         "evaluating",
         overlays,
         acdc_like,
         tmp_path,
         "cardiac_segmentation_failure",
         map="bmap",
-        **{"predictions_dir": acdc_like / "predictions"},
+        predictions_dir=str(acdc_like / "predictions"),
     )
     assert json.loads((tmp_path / "eval" / "detection.json").read_text())["n_volumes"] == 10
 

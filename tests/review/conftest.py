@@ -1,6 +1,7 @@
+import multiprocessing
 import os
 import re
-import subprocess
+import runpy
 import sys
 from contextlib import contextmanager
 
@@ -15,25 +16,31 @@ def predictions(tmp_path):
 
 @pytest.fixture
 def serve():
-    """Start the command as a user does; gives the process and the address that it printed."""
+    """Start the command in a fork, which need not import anew; gives the process and the address that it printed."""
 
     @contextmanager
     def started(predictions, output, *options):
-        command = [sys.executable, PIPELINE, "review", "--predictions", predictions, "--output", output]
-        process = subprocess.Popen(
-            [*map(str, command), "--reviewer", "Dr A", "--no_browser", *options],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        places = ("--predictions", predictions, "--output", output)
+        arguments = list(map(str, (PIPELINE, "review", *places, "--reviewer", "Dr A", "--no_browser", *options)))
+        read, write = os.pipe()
+        process = multiprocessing.get_context("fork").Process(target=run_command, args=(arguments, write))
+        process.start()
+        os.close(write)
         try:
-            for line in process.stdout:
-                if match := re.search(r"http://\S+", line):
-                    yield process, match[0]
-                    return
-            pytest.fail("the server gave no address")
+            with open(read) as lines:
+                for line in lines:
+                    if match := re.search(r"http://\S+", line):
+                        yield process, match[0]
+                        return
+                pytest.fail("the server gave no address")
         finally:
             process.kill()
-            process.wait()
+            process.join()
 
     return started
+
+
+def run_command(arguments, output):
+    sys.argv = arguments
+    sys.stdout = open(output, "w", buffering=1)
+    runpy.run_path(arguments[0], run_name="__main__")

@@ -595,7 +595,7 @@ class Browser:
 
 
 def kill_later(process, seconds):
-    threading.Timer(seconds, process.send_signal, [signal.SIGKILL]).start()
+    threading.Timer(seconds, process.kill).start()
 
 
 def test_the_command_serves_this_computer_only(predictions, tmp_path, serve):
@@ -639,7 +639,8 @@ def test_kill_9_during_saves(predictions, tmp_path, serve):
                 (row, col), label = pending
                 labels[row, col, 1] = label
                 saved += 1
-            assert process.wait() == -signal.SIGKILL
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
     assert saved > 30
     assert {path.name for path in (out / "p1_ed").iterdir()} == {"review.jsonl"}
 
@@ -662,7 +663,7 @@ def test_kill_9_while_finishing(predictions, tmp_path, serve):
                     browser.act(action="reopen")
                     browser.paint(INSIDE, n % 4)
                     browser.act(action="finish", incomplete=True)
-            process.wait()
+            process.join()
         for path in (out / "p1_ed").glob("[!.]*"):
             if path.name.endswith(".nii.gz"):
                 assert not ((load(path) != automatic()) & (flagged() == 0)).any()

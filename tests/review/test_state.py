@@ -1,7 +1,6 @@
 import json
-import signal
-import subprocess
-import sys
+import multiprocessing
+import os
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -208,28 +207,27 @@ def test_what_cannot_be_saved_does_not_count(tmp_path):
     assert journal.events == []
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from cardiac_qc_plugin.review.journal import Journal
-journal = Journal(Path(sys.argv[1]))
-start = len(journal.events)
-for n in range(start, start + 100000):
-    journal.append({"n": n, "padding": "x" * 5000})
-    print(n, flush=True)
-"""
+def write_events(path, output):
+    journal, pipe = Journal(path), open(output, "w", buffering=1)
+    for n in range(len(journal.events), len(journal.events) + 100000):
+        journal.append({"n": n, "padding": "x" * 5000})
+        print(n, file=pipe)
 
 
 def test_kill_9_while_the_journal_is_written(tmp_path):
     """Whatever was reported as saved is there after each kill, in order, and the next process goes on from it."""
     path, saved = tmp_path / "review.jsonl", -1
     for round in range(4):
-        command = [sys.executable, "-c", WRITER, str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for _ in range(20 + 7 * round):
-            saved = int(process.stdout.readline())
-        process.send_signal(signal.SIGKILL)
-        reported = [int(line) for line in process.communicate()[0].splitlines()]
+        read, write = os.pipe()
+        process = multiprocessing.get_context("fork").Process(target=write_events, args=(path, write))
+        process.start()
+        os.close(write)
+        with open(read) as reports:
+            for _ in range(20 + 7 * round):
+                saved = int(reports.readline())
+            process.kill()
+            process.join()
+            reported = [int(line) for line in reports]
         saved = max([saved, *reported])
         numbers = [json.loads(json.dumps(event))["n"] for event in Journal(path).events]
         assert numbers == list(range(len(numbers))) and len(numbers) in (saved + 1, saved + 2)
