@@ -266,6 +266,14 @@ def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):
     assert "| DRN-CE+MC | 20 | 0 1 |" in page
 
 
+@pytest.mark.parametrize("samples", [None, 10])
+def test_a_runs_own_number_of_samples_is_not_sampled_twice(settings, samples):
+    grid = Grid(replace(settings, samples=samples))
+    own = grid.maps("drn", "ce", "bmap", 0, "test")
+    assert grid.maps("drn", "ce", "bmap", 0, "test", 10) is own  # the bundle's number
+    assert grid.maps("drn", "ce", "bmap", 0, "test", 20).name == f"{own.name}_20_samples"
+
+
 def test_what_the_paper_only_names(settings, world):
     """A detector that sees the segmentation, one with other maps, and members in the place of dropout samples."""
     ablations = ("see_segmentation", "detector_maps", "ensemble", "snapshots")

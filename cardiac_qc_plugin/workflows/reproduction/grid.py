@@ -220,6 +220,10 @@ class Settings:
         """Folder of a network's bundle."""
         return self.bundle(f"cardiac_{model}_segmentation")
 
+    def own_samples(self, model: str) -> int:
+        """Samples T of a network's b-map."""
+        return self.samples or read_json(self.segmenter(model) / "configs" / "inference.json")["samples"]
+
     def scans(self, folds: Sequence[int]) -> list[Scan]:
         """Scans of some folds."""
         return [scan for fold in folds for scan in find_scans(self.datalist_file, self.data, fold)]
@@ -315,8 +319,10 @@ class Grid:
         """Segmentation and map of the fold that was left out (``part`` "test") or of the others ("training").
 
         ``map`` is an uncertainty map, or one of `MEMBERS`. An e-map comes from one pass without dropout, so nothing is
-        sampled for it.
+        sampled for it. With another number of ``samples`` than the run has, the maps have a folder of their own.
         """
+        if samples == self.settings.own_samples(model):
+            samples = None
         others = [other for other in self.settings.all_folds if other != fold]
         scans = self.settings.scans([fold] if part == "test" else others)
         folder = f"{model}_{loss}/{fold_name(fold)}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
