@@ -26,6 +26,8 @@ __all__ = [
     "save_weights",
 ]
 
+LONGEST_EPOCH = 250  # iterations
+
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
     """Write a network's weights as a bare state dict in fp16 (integers as they are), under a temporary name first.
@@ -111,13 +113,12 @@ def detector_file(network: str, map: str) -> str:
     return "model.pt" if (network, map) == ("drn", "bmap") else f"{network}_{map}.pt"
 
 
-def epoch_length(iterations: int, snapshots: int = 0, longest: int = 250) -> int:
+def epoch_length(iterations: int, snapshots: int = 0) -> int:
     """Iterations of an epoch, after each of which there is a checkpoint: the most that divide the training evenly.
 
     Args:
         iterations: of the training.
         snapshots: number of equal parts that leave weights; epochs divide these.
-        longest: an epoch has no more than this.
 
     Raises:
         ValueError: if there are none, or if only a few would do, so that most of the time went into checkpoints.
@@ -125,11 +126,11 @@ def epoch_length(iterations: int, snapshots: int = 0, longest: int = 250) -> int
     if iterations < 1:
         raise ValueError(f"iterations has to be 1 or more, got {iterations}.")
     part = iterations // max(snapshots, 1)
-    length = max((n for n in range(1, min(longest, part) + 1) if part % n == 0), default=0)
+    length = max((n for n in range(1, min(LONGEST_EPOCH, part) + 1) if part % n == 0), default=0)
     if length < min(part, 20):
         raise ValueError(
-            f"{iterations} iterations cannot be divided into epochs of 20 to {longest}: take another number, such as "
-            f"{max(snapshots, 1) * -(-part // longest) * longest}, or give epoch_length."
+            f"{iterations} iterations cannot be divided into epochs of 20 to {LONGEST_EPOCH}: take other ones, such "
+            f"as {max(snapshots, 1) * -(-part // LONGEST_EPOCH) * LONGEST_EPOCH}, or give epoch_length."
         )
     return length
 

@@ -30,6 +30,7 @@ from .transforms.uncertainty import bayesian_map, predictive_entropy
 
 __all__ = ["AutocastInferer", "EnsembleSliceInferer", "FailureRegionInferer", "MCDropoutSliceInferer"]
 
+STRIDE = 16  # of the networks, the largest
 # bytes of the largest layer's output in a forward pass: above 32 MiB glibc asks the kernel for every buffer anew
 LARGEST = {"cpu": 16 << 20, "cuda": 1 << 30}
 
@@ -282,17 +283,16 @@ def most_probable(probabilities: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
-def heart_window(probabilities: torch.Tensor, margin: int, multiple: int = 16) -> tuple[slice, slice]:
+def heart_window(probabilities: torch.Tensor, margin: int) -> tuple[slice, slice]:
     """Rows and columns, for all slices, of the heart and a margin; the whole field where nothing is found.
 
     The heart is what is not background with a probability above 0.1, in one piece or in several of which the
-    smallest has at least a tenth of the largest's voxels. The box starts at a multiple of the networks' strides, so
-    that their grids lie as in the whole field.
+    smallest has at least a tenth of the largest's voxels. The box starts and ends at a multiple of the networks'
+    strides, except at the field's end, so that their grids lie as in the whole field.
 
     Args:
         probabilities: (D, K, H, W), background first.
         margin: in pixels.
-        multiple: of rows and columns at which the box starts and ends, except at the field's end.
     """
     pieces, count = ndimage.label((probabilities[:, 0] < 0.9).cpu().numpy(), np.ones((3, 3, 3)))
     sizes = np.bincount(pieces.ravel())[1:]
@@ -301,7 +301,7 @@ def heart_window(probabilities: torch.Tensor, margin: int, multiple: int = 16) -
     for axis, size in ((1, pieces.shape[1]), (2, pieces.shape[2])):
         found = np.flatnonzero(heart.any(axis=tuple({0, 1, 2} - {axis})))
         low, high = (found[0] - margin, found[-1] + 1 + margin) if count else (0, size)
-        window.append(slice(max(0, low // multiple * multiple), min(size, -(-high // multiple) * multiple)))
+        window.append(slice(max(0, low // STRIDE * STRIDE), min(size, -(-high // STRIDE) * STRIDE)))
     return window[0], window[1]
 
 

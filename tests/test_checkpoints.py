@@ -194,13 +194,12 @@ def test_detector_of_other_regions_is_refused(tmp_path):
     """Its weights fit a network for any of them, so the operating point beside them tells."""
     save_weights(FailureResNet(region_size=4), tmp_path / "model.pt")
     load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")  # nothing is known of it
-    choose_operating_point(
-        [VolumeDetection([0.2, 0.8], [0, 1], [0, 0], [0])], tmp_path / "model_operating_point.json", region_size=4
-    )
+    volume, point = VolumeDetection([0.2, 0.8], [0, 1], [0, 0], [0]), tmp_path / "model_operating_point.json"
+    choose_operating_point([volume], point, beta=2, region_size=4)
     load_weights(FailureResNet(region_size=4), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model.pt: trained for regions of 4 pixels, .* Give region_size 4\."):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
-    (tmp_path / "model_operating_point.json").write_text("{")
+    point.write_text("{")
     with pytest.raises(ValueError, match="model_operating_point.json: not the operating point"):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")

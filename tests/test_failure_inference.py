@@ -173,7 +173,7 @@ def test_operating_point_has_the_largest_f2(tmp_path):
     painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
     volume = volume_detection(painted, failures, [(0, 80, 0, 80)], 8)
     file = tmp_path / "point.json"
-    chosen = choose_operating_point([volume], file)
+    chosen = choose_operating_point([volume], file, beta=2, region_size=8)
     score = {t: fbeta_score(failing.ravel(), cells.ravel() >= t, beta=2) for t in [*cells.ravel(), chosen]}
     assert score[chosen] == max(score.values())
     record = read_json(file)
@@ -187,7 +187,6 @@ def test_detector_that_learned_nothing_is_told(learned, tmp_path, caplog):
     cells = rng.random((10, 10))
     failing = rng.random((10, 10)) < cells**2
     painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
-    choose_operating_point(
-        [volume_detection(painted if learned else 1 - painted, failures, [(0, 80, 0, 80)], 8)], tmp_path / "point.json"
-    )
+    volume = volume_detection(painted if learned else 1 - painted, failures, [(0, 80, 0, 80)], 8)
+    choose_operating_point([volume], tmp_path / "point.json", beta=2, region_size=8)
     assert ("has learned nothing" in caplog.text) is not learned

@@ -80,7 +80,7 @@ class RegionAveragePrecision(Metric):
 
 
 def choose_operating_point(
-    volumes: Sequence[VolumeDetection], output: str | Path, beta: float = 2.0, region_size: int = 8
+    volumes: Sequence[VolumeDetection], output: str | Path, beta: float, region_size: int
 ) -> float:
     """Choose the threshold with the largest F-beta over regions, and write it with its figures.
 
@@ -89,7 +89,7 @@ def choose_operating_point(
     Args:
         volumes: what the detector said of validation volumes.
         output: JSON file for the threshold and what it catches in these volumes.
-        beta: weight of recall over precision; 2, since a missed failure costs more than a glance at a sound region.
+        beta: weight of recall over precision; above 1 where a missed failure costs more than a look at a sound region.
         region_size: edge of a region in pixels, which is noted: :func:`~cardiac_qc_plugin.checkpoints.load_weights`
             refuses the weights beside it to a network of another.
 
