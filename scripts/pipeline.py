@@ -361,7 +361,9 @@ def effort(
     """
     from cardiac_qc_plugin.workflows.effort import effort as effort_workflow
 
-    _finish(effort_workflow(predictions, reference, output, _listed(compare_map), seeds, criterion, apex))
+    _finish(
+        effort_workflow(predictions, reference, output, tuple(map(str, _listed(compare_map))), seeds, criterion, apex)
+    )
 
 
 def calibrate(

@@ -184,8 +184,8 @@ def given_case(value: Any) -> str | None:
     """
     if value is None or value == "" or value != value:  # the last is NaN
         return None
-    case = str(value)
-    if Path(case).is_absolute() or ".." in Path(case).parts:
+    case = Path(str(value)).as_posix()
+    if Path(case).is_absolute() or case == "." or ".." in Path(case).parts:
         raise ValueError(f"the case '{case}' is no name of a folder below the output folder")
     return case
 

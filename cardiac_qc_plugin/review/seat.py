@@ -313,6 +313,11 @@ class Seat:
         folders = {path.relative_to(self.predictions).as_posix(): path for path in case_folders(self.predictions)}
         if "." in folders:
             raise ValueError(f"{predictions} is the folder of one case: give the one above it.")
+        for name in folders:
+            if (self.output / name / SEGMENTATION).is_file() and not (self.output / name / JOURNAL).is_file():
+                raise ValueError(
+                    f"{self.output / name} has a segmentation that no review made: write the review to another folder."
+                )
         urgency = dict(zip(folders, urgencies([_scores(folder) for folder in folders.values()]), strict=True))
         self.folders = dict(sorted(folders.items(), key=lambda item: -urgency[item[0]]))
         self.reviews: dict[str, CaseReview] = {}

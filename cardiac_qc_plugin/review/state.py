@@ -247,7 +247,7 @@ class ReviewState:
     def _note(self, event: dict[str, Any], numbers: Sequence[int] = (), before=NO_LABELS, after=NO_LABELS) -> None:
         """One line of the audit trail."""
         row = {"time_utc": event["time"], "reviewer": self.reviewer, "action": event["action"]}
-        row |= {"slice": self.regions[numbers[0]].slice + 1 if numbers else None}
+        row |= {"slice": self.regions[numbers[0]].slice if numbers else None}
         row |= {"regions": " ".join(map(str, numbers)), "decision": event.get("decision")}
         self.trail.append(row | voxel_counts(before, after))
 

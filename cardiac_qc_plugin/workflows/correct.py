@@ -92,6 +92,8 @@ def correct(
             raise ValueError(
                 f"{record}: an expert's correction, which a simulated one must not replace. Write elsewhere."
             )
+        if (output / case / "review.jsonl").is_file():
+            raise ValueError(f"{output / case}: a review, which a correction must not replace. Write elsewhere.")
         for path in (output / case / SEGMENTATION, record):
             path.unlink(missing_ok=True)  # of an earlier correction
         segmentation = read_labels(folder / SEGMENTATION)

@@ -82,7 +82,8 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
                 sources[str(header.get("SOPInstanceUID"))] = file
             except Exception:  # noqa: BLE001 (unreadable or damaged; a phase that needs it says that it is missing)
                 continue
-        read = lru_cache(maxsize=64)(partial(dcmread, stop_before_pixels=True))  # a multi-frame file has many phases
+        # kept: a multi-frame file has many phases
+        read = lru_cache(maxsize=64)(partial(dcmread, stop_before_pixels=True, force=True))
         written, failures = 0, {}
         for record in records:
             images = read_json(record).get("images", [])

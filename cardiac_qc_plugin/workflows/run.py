@@ -53,6 +53,7 @@ DETECT_FILES: MapFiles = {
     "regions": ("failure_regions.nii.gz", np.uint16),
 }
 STAGES = {"segmentation": SEGMENT_FILES, "detection": DETECT_FILES}
+MASKS = ("segmentation.dcm", "failure_regions.dcm")  # of dicom_seg; other DICOM files there are a user's
 
 
 class CaseFailures(RuntimeError):
@@ -211,8 +212,8 @@ class CaseRecord:
         for stage in later:
             for file, _ in STAGES[stage].values():
                 (self.folder / file).unlink(missing_ok=True)
-        for segmentation in self.folder.glob("*.dcm"):  # made of them by dicom_seg
-            segmentation.unlink()
+        for name in MASKS:
+            (self.folder / name).unlink(missing_ok=True)
         (self.folder / PAGE).unlink(missing_ok=True)
         for part in self.folder.glob(".part-*"):  # of a process that was killed
             part.unlink(missing_ok=True)

@@ -387,7 +387,7 @@ def test_a_finished_case(page, predictions, tmp_path):
     assert indices["before"]["lv_ef_percent"] == 0 < indices["after"]["lv_ef_percent"]
     lines = (out / "audit.csv").read_text().splitlines()
     assert lines[0].startswith("time_utc,reviewer,action,slice,regions,decision,voxels_changed,RV_gained")
-    assert len(lines) == 8 and ",Dr A,paint,2,1,,3,0," in lines[2]
+    assert len(lines) == 8 and ",Dr A,paint,1,1,,3,0," in lines[2]
     row = page.client.get("/api/cases").json()[0]
     assert (row["case"], row["status"], row["decided"]) == ("p1_ed", "finished", 3)
     assert page.paint().status_code == 422  # until it is opened again

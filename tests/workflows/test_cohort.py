@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_bundles import POISON, write_bundles
 
-from cardiac_qc_plugin.data.inputs import find_scans
+from cardiac_qc_plugin.data.inputs import InputFile, find_scans
 from cardiac_qc_plugin.data.phantom import write_acdc_like, write_phantom
 from cardiac_qc_plugin.workflows.files import OutputError, read_json, write_text
 from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors, run
@@ -25,8 +25,16 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray gives its workers littl
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # and ends them when others have its memory
 ray = pytest.importorskip("ray", reason="pip install 'cardiac-qc-plugin[cluster]'")
 
-from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort  # noqa: E402
+from cardiac_qc_plugin.workflows.cohort.engine import (  # noqa: E402
+    CohortWorker,
+    Deaths,
+    Run,
+    cohort_files,
+    run_cohort,
+)
+from cardiac_qc_plugin.workflows.cohort.journal import Journal  # noqa: E402
 from cardiac_qc_plugin.workflows.cohort.pool import Cluster  # noqa: E402
+from cardiac_qc_plugin.workflows.cohort.store import open_store  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "data"))
@@ -222,11 +230,37 @@ def test_a_row_may_name_a_folder_of_dicom_files(world, tmp_path):
     made = work(("study", tmp_path / "in" / "study"))
     assert not made["failures"]
     assert [row["case"] for row, _ in made["cases"]] == [f"study_series7/phase{t:02d}" for t in range(PHASES)]
-    assert [row["case"] for row in made["hearts"]] == ["study_series7"]
+    assert [row["case"] for row in made["hearts"]] == ["study_series7"] and not made["skipped"]
     with pytest.raises(ValueError, match="empty: no short-axis cine among its 0 DICOM files"):
         work(("empty", tmp_path / "in" / "empty"))
     with pytest.raises(ValueError, match="need a folder as output, memory://dicom is none"):
         CohortWorker("memory://dicom", loader(world))(("study", tmp_path / "in" / "study"))
+
+
+def test_dicom_files_of_a_folder_are_a_task_of_their_own(world, tmp_path):
+    """And what is no short-axis cine among them is told at the end."""
+    study = tmp_path / "study"
+    write(study / "cine", cine())
+    other = {"SeriesInstanceUID": "1.2.9", "SOPInstanceUID": "1.2.9.1", "SeriesNumber": 9}
+    write(study / "single", cine(lambda z, t: other, phases=1, slices=1))
+    file = world / "data" / "patient001" / "patient001_frame01.nii.gz"
+    (study / file.name).write_bytes(file.read_bytes())
+    assert [one.path for one in cohort_files(study, None, None)] == [study, study / file.name]
+    (study / file.name).unlink()
+    assert [one.path for one in cohort_files(study, None, None)] == [study]
+    image = next((study / "cine").iterdir())
+    assert [one.path for one in cohort_files(image, None, None)] == [image]
+    with pytest.raises(ValueError, match="no such file"):
+        list(cohort_files(tmp_path / "none", None, None))
+    made = CohortWorker(str(tmp_path / "out"), loader(world))(("study", study))
+    assert len(made["cases"]) == PHASES and [item.images for item in made["skipped"]] == [1]
+    store, journal = open_store(str(tmp_path / "out")), Journal(tmp_path / "journal.db")
+    journal.add_files([InputFile(study)])
+    run = Run(store, journal, Deaths(store, 1))
+    run.keep(*next(journal.files()), made)
+    assert "Skipped:\n  series 9" in run.finish().text
+    assert "9" in (tmp_path / "out" / "skipped_series.csv").read_text()
+    assert "series 9" in (tmp_path / "out" / "report.html").read_text()
 
 
 def complete(output):

@@ -185,15 +185,24 @@ def test_urgencies_have_one_unit():
 
 def test_what_was_made_of_a_segmentation_goes_with_it(scan, predictors, tmp_path):
     run(find_scans(scan), tmp_path, *predictors)
-    made = tmp_path / "oblique" / "segmentation.dcm"
-    made.touch()
+    made, image = (tmp_path / "oblique" / name for name in ("segmentation.dcm", "IM0001.dcm"))
+    for file in (made, image):
+        file.touch()
     run(find_scans(scan), tmp_path, *predictors)
     assert made.exists()
     qc = json.loads((tmp_path / "oblique" / "qc.json").read_text())
     qc["stages"]["detection"]["digest"] = "of another threshold"
     (tmp_path / "oblique" / "qc.json").write_text(json.dumps(qc))
     run(find_scans(scan), tmp_path, *predictors)
-    assert not made.exists()
+    assert not made.exists() and image.exists()  # which a converter may have left beside it
+
+
+def test_images_beside_a_scan_stay(scan, predictors, tmp_path):
+    """As dcm2niix leaves them, with results in the same folder."""
+    (tmp_path / "oblique").mkdir()
+    (tmp_path / "oblique" / "IM0001.dcm").touch()
+    run(find_scans(scan), tmp_path, *predictors)
+    assert (tmp_path / "oblique" / "IM0001.dcm").exists()
 
 
 def test_same_seed_same_maps(scan, predictors, tmp_path):

@@ -389,7 +389,7 @@ let gesture = null; // two fingers, or a button that moves or sets the contrast
 
 function startStroke(event) {
   if (open.state.finished) return act({ action: "paint" });
-  open.stroke = { z: open.z, last: open.view.voxelAt(event.clientX, event.clientY), voxels: new Map(), outside: false };
+  open.stroke = { z: open.z, label: tool.label, last: open.view.voxelAt(event.clientX, event.clientY), voxels: new Map(), outside: false };
   extendStroke(event);
 }
 
@@ -398,9 +398,9 @@ function extendStroke(event) {
   for (const [i, j] of brushed(stroke.last, to, BRUSHES[tool.brush], volume.shape)) {
     const index = volume.index(i, j, stroke.z);
     if (!volume.regions[index]) stroke.outside = true;
-    else if (volume.labels[index] !== tool.label) {
+    else if (volume.labels[index] !== stroke.label) {
       stroke.voxels.set(index, { at: [i, j], before: volume.labels[index] });
-      volume.labels[index] = tool.label;
+      volume.labels[index] = stroke.label;
     }
   }
   stroke.last = to;
@@ -414,7 +414,7 @@ function endStroke(keep) {
   if (!keep) stroke.voxels.forEach(({ before }, index) => (volume.labels[index] = before));
   else if (stroke.voxels.size) {
     const voxels = [...stroke.voxels.values()].map(({ at }) => at);
-    act({ action: "paint", slice: stroke.z, label: tool.label, voxels, shape: volume.shape });
+    act({ action: "paint", slice: stroke.z, label: stroke.label, voxels, shape: volume.shape });
   } else if (stroke.outside) toast("Only flagged regions (framed) can be painted.");
   draw();
 }

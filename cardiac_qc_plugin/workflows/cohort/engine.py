@@ -12,13 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from cardiac_qc_plugin.data.dicom import dicom_files
-from cardiac_qc_plugin.data.inputs import input_files, phases
+from cardiac_qc_plugin.data.inputs import READERS, InputFile, check_list_options, input_files, phases
 from cardiac_qc_plugin.reports import write_report
 
 from ..calibrate import write_operating_curve
 from ..cine import Given, choose_phases, group_cines, table_row, write_cines
 from ..files import OutputError, write_csv, write_json
-from ..import_dicom import Inputs, import_dicom
+from ..import_dicom import Inputs, Skipped, import_dicom, write_skipped
 from ..references import Outcome
 from ..run import Predictors, failed_row, process, worklist_row
 from ..table import TABLE, case_row, failed_case_row, with_heart, write_table
@@ -55,7 +55,7 @@ class CohortWorker:
 
         Returns:
             ``cases``: rows of the table and of the worklist; ``failures``: (case, reason); ``hearts``: lines of
-            ``indices.csv``.
+            ``indices.csv``; ``skipped``: series that are no short-axis cine.
 
         Raises:
             OutputError: if a result cannot be stored.
@@ -68,15 +68,17 @@ class CohortWorker:
 
     def file(self, root: Path, name: str, path: Path) -> dict[str, Any]:
         """All phases of a file, or of a folder of DICOM files, whose cases have names of their own."""
-        inputs = self.import_folder(root, path) if path.is_dir() else Inputs(phases(name, path))
+        dicom = path.is_dir() or dicom_files(path)
+        inputs = self.import_dicom(root, path) if dicom else Inputs(phases(name, path))
         scans, failures = inputs.scans, inputs.failures
         cases, broken, records = process(scans, root, self.predictors, self.preview, self.given)
         detects = self.predictors[1] is not None
         rows = [(case_row(qc), worklist_row(qc) if detects else None) for qc in cases]
-        return {"cases": rows, "failures": [*failures, *broken], "hearts": [table_row(one) for one in records]}
+        hearts = [table_row(one) for one in records]
+        return {"cases": rows, "failures": [*failures, *broken], "hearts": hearts, "skipped": inputs.skipped}
 
-    def import_folder(self, root: Path, path: Path) -> Inputs:
-        """The short-axis cines of a folder of DICOM files."""
+    def import_dicom(self, root: Path, path: Path) -> Inputs:
+        """The short-axis cines of a DICOM file, or of a folder of them."""
         if not isinstance(self.store, FolderStore):
             raise ValueError(f"{path}: DICOM files need a folder as output, {self.store} is none.")
         files = dicom_files(path)
@@ -155,6 +157,7 @@ class Run:
     def __init__(self, store: Store, journal: Journal, deaths: Deaths, curve: Mapping[str, Any] | None = None) -> None:
         self.store, self.journal, self.deaths, self.curve = store, journal, deaths, curve
         self.failed = 0
+        self.skipped: list[Skipped] = []
 
     def carry_out(self, pool: WorkerPool) -> None:
         """Process all files, then the pairs among them."""
@@ -203,7 +206,8 @@ class Run:
         self.deaths.forget(name)
         if isinstance(result, Exception):
             reason = str(result) if isinstance(result, ValueError) else f"{type(result).__name__}: {result}"
-            result = {"cases": [], "failures": [(name, reason)], "hearts": []}
+            result = {"cases": [], "failures": [(name, reason)], "hearts": [], "skipped": []}
+        self.skipped += result["skipped"]
         for index, (row, worklist) in enumerate(result["cases"]):
             self.journal.add_case(number, index, row, worklist)
         for index, (case, reason) in enumerate(result["failures"], start=len(result["cases"])):
@@ -239,6 +243,11 @@ class Run:
             for case in journal.repeated()
         }
         lines += [f"  {case}: {message}" for case, message in repeated.items()]
+        if self.skipped:
+            write("skipped_series.csv", partial(write_skipped, skipped=self.skipped))
+            lines += ["Skipped:", *(f"  {item}" for item in self.skipped)]
+        else:
+            self.store.remove("skipped_series.csv")
         if not journal.count("cases", "worklist = 'null'"):  # with detection
             write("worklist.csv", partial(write_csv, rows=journal.worklist, last="message"))
             lines.append(f"Worklist: {self.store}/worklist.csv")
@@ -263,7 +272,8 @@ class Run:
             cases.append({**qc, "scores": {**qc["scores"], "urgency": urgency}})
         hearts = dict.fromkeys(heart for _, heart, _ in chosen)
         found = [self.store.read_json(f"{heart}/cine.json") for heart in hearts if heart]
-        write_report(folder, cases, self.failures(), [record for record in found if record])
+        found = [record for record in found if record]
+        write_report(folder, cases, self.failures(), found, [str(item) for item in self.skipped])
 
 
 def causes(failures: Iterable[tuple[str, str, str]]) -> list[str]:
@@ -281,6 +291,21 @@ def causes(failures: Iterable[tuple[str, str, str]]) -> list[str]:
         lines += [f"  {counts[cause]} x {cause}", *groups[cause]]
         lines += [f"    and {more} more, see the worklist"] if more else []
     return lines
+
+
+def cohort_files(source: Path, root: str | Path | None, fold: int | None) -> Iterator[InputFile]:
+    """Files as :func:`~cardiac_qc_plugin.data.inputs.input_files` has them; a folder with DICOM files is one more."""
+    if source.suffix in READERS or not dicom_files(source):
+        yield from input_files(source, root, fold)
+        return
+    check_list_options(source, root, fold)
+    yield InputFile(source)
+    if source.is_dir():
+        try:
+            yield from input_files(source)
+        except ValueError as error:
+            if "no NIfTI file" not in str(error):
+                raise
 
 
 def run_cohort(
@@ -321,7 +346,7 @@ def run_cohort(
     store = open_store(output)
     with tempfile.TemporaryDirectory(prefix="cardiac_qc_") as temporary:
         journal = Journal(Path(temporary) / "journal.db")
-        journal.add_files(input_files(source, root, fold))
+        journal.add_files(cohort_files(Path(source), root, fold))
         run = Run(store, journal, Deaths(store, tries), curve)
         with connected(cluster) as ray:
             pool = WorkerPool(ray, make, cluster)

@@ -63,8 +63,9 @@ def carry_out_on_ray(stages: Iterable[Stage], budget: Budget, cluster: Cluster) 
                     progress.skipped.append(stage.name)
                 elif stage.ready and budget.allows():
                     gpus = cluster.gpus if stage.info.get("kind") in ON_GPU else 0
-                    options = {"num_cpus": cluster.cpus, "num_gpus": gpus, "max_retries": RETRIES}
-                    running[ray.remote(run_stage).options(**options).remote(stage, end, cluster)] = stage
+                    # a process of its own for each: one that has used a GPU keeps it, whichever it is given next
+                    options = {"num_cpus": cluster.cpus, "num_gpus": gpus, "max_retries": RETRIES, "max_calls": 1}
+                    running[ray.remote(**options)(run_stage).remote(stage, end, cluster)] = stage
                 else:
                     continue
                 waiting.remove(stage)
