@@ -56,7 +56,8 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
         ValueError: if the file is missing, no NIfTI file, or holds colours or complex numbers.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        folder = " It is a folder: give it as --input, or take --engine ray, for lists of them." * path.is_dir()
+        raise ValueError(f"{path}: no such file.{folder}")
     try:
         image = nib.load(path)
     except Exception as error:  # nibabel raises its own, gzip's and zlib's errors

@@ -237,7 +237,7 @@ def test_a_row_may_name_a_folder_of_dicom_files(world, tmp_path):
         CohortWorker("memory://dicom", loader(world))(("study", tmp_path / "in" / "study"))
 
 
-def test_dicom_files_of_a_folder_are_a_task_of_their_own(world, tmp_path):
+def test_dicom_files_of_a_folder_are_a_task_of_their_own(world, tmp_path, monkeypatch):
     """And what is no short-axis cine among them is told at the end."""
     study = tmp_path / "study"
     write(study / "cine", cine())
@@ -260,7 +260,11 @@ def test_dicom_files_of_a_folder_are_a_task_of_their_own(world, tmp_path):
     run.keep(*next(journal.files()), made)
     assert "Skipped:\n  series 9" in run.finish().text
     assert "9" in (tmp_path / "out" / "skipped_series.csv").read_text()
-    assert "series 9" in (tmp_path / "out" / "report.html").read_text()
+    page = tmp_path / "out" / "report.html"
+    assert "series 9" in page.read_text() and "less urgent" not in page.read_text()
+    monkeypatch.setattr("cardiac_qc_plugin.workflows.cohort.engine.REPORT_CASES", 3)
+    run.finish()
+    assert f"{PHASES - 3} less urgent cases: worklist.csv has all." in page.read_text()
 
 
 def complete(output):

@@ -341,6 +341,13 @@ def test_what_is_shipped_learns_from_all(settings, grid, world):
     assert any(np.isclose(values, point["threshold"], atol=1e-6).any() for values in probabilities)
 
 
+def test_weights_elsewhere_in_another_layout_are_not_ignored(settings, tmp_path):
+    (tmp_path / "drn_ce" / "fold0").mkdir(parents=True)
+    (tmp_path / "drn_ce" / "fold0" / "model.pt").touch()
+    with pytest.raises(ValueError, match=r"no weights .* such as drn_ce/fold0/segmentation/model\.pt"):
+        reproduce(replace(settings, trained=tmp_path), dry_run=True)
+
+
 def test_weights_that_were_trained_elsewhere(settings, grid, world):
     """They are taken as they are: nothing is trained, and no patient is segmented for a training."""
     given, output = world / "given", world / "taken"

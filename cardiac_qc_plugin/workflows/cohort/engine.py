@@ -273,7 +273,10 @@ class Run:
         hearts = dict.fromkeys(heart for _, heart, _ in chosen)
         found = [self.store.read_json(f"{heart}/cine.json") for heart in hearts if heart]
         found = [record for record in found if record]
-        write_report(folder, cases, self.failures(), found, [str(item) for item in self.skipped])
+        skipped = [str(item) for item in self.skipped]
+        if (more := self.journal.count("cases") - len(cases) - len(self.failures())) > 0:
+            skipped.append(f"{more} less urgent cases: worklist.csv has all. This page and its sums are of the others.")
+        write_report(folder, cases, self.failures(), found, skipped)
 
 
 def causes(failures: Iterable[tuple[str, str, str]]) -> list[str]:

@@ -40,11 +40,17 @@ def reproduce(
     """
     budget = Budget(budget_minutes)
     grid = Grid(settings)
+    stages = grid.by_fold()
+    if settings.trained and not any(stage.info["kind"] == "take" for stage in stages):
+        raise ValueError(
+            f"--trained {settings.trained}: no weights of these networks where they are looked for, such as "
+            f"{stages[0].name}/model.pt. docs/reproduce.md lays it out."
+        )
     if dry_run:
-        stages = grid.by_fold() + [experiment.stage for experiment in grid.over_folds(planned=True)]
+        stages += [experiment.stage for experiment in grid.over_folds(planned=True)]
         return Outcome(describe(stages, settings.output), {})
     work = carry_out if cluster is None else partial(carry_out_on_ray, cluster=cluster)
-    progress = work(grid.by_fold(), budget)
+    progress = work(stages, budget)
     experiments = grid.over_folds()
     measured = work([e.stage for e in experiments if e.stage], Budget())  # seconds each, and worth having
     write_reproduction(settings.output, experiments, training_budgets(grid))
