@@ -145,7 +145,7 @@ def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir():
             yield from folder_files(folder / entry.name, seen)
-        elif entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
+        elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
             name = case_name(entry.name)
             cine = name.removesuffix("_4d")
             has_frames = cine != name and any(other.startswith(f"{cine}_frame") for other in names)  # ACDC's layout
@@ -159,7 +159,7 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
     try:
         for item in read(path):
             if isinstance(item, str):
-                if not item.endswith(SUFFIXES):  # names of classes, say
+                if not item.lower().endswith(SUFFIXES):  # names of classes, say
                     continue
                 item = {"image": item}
             if fold is None or is_number(item.get("fold"), fold):

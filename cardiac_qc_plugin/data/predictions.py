@@ -16,7 +16,7 @@ MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's ta
 
 def case_name(path: str | Path) -> str:
     """Name of an image file without ``.nii`` or ``.nii.gz``: the name of its case's folder."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    return re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
 
 
 def files_below(folder: Path) -> list[Path]:

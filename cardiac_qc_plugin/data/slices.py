@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from cardiac_qc_plugin.metrics.segmentation import check_labels
 from cardiac_qc_plugin.transforms.regions import region_labels
 
 __all__ = ["PatchAugmentation", "SlicePatchDataset", "positive_weight"]
@@ -107,7 +108,8 @@ class SlicePatchDataset(IterableDataset):
         ``{"image": (B, C, patch_size, patch_size) float, "label": (B, 1, patch_size, patch_size) float}``.
 
     Raises:
-        ValueError: for an empty datalist, a share that is none, a label of another shape than its image's, or if
+        ValueError: for an empty datalist, a share that is none, a label of another shape than its image's
+            or with other values than 0 to 3, or if
             positives are asked of data without a labelled pixel.
     """
 
@@ -143,8 +145,9 @@ class SlicePatchDataset(IterableDataset):
                 raise ValueError(f"{item}: the image has shape {sizes[0]} and its label {sizes[1]}.")
             # fp16 is off by 1/4096 at most on [0, 1], and halves the memory
             self.images += list(np.moveaxis(np.asarray(volume["image"], dtype=np.float16), -1, 0))
-            label = np.asarray(volume["label"]).round()  # of a file with a scale, 0.99999998 say
-            self.labels += list(np.moveaxis(label.astype(np.uint8), -1, 0))
+            name = item["label"] if isinstance(item.get("label"), str) else "the label"
+            label = np.stack([check_labels(channel, name) for channel in np.asarray(volume["label"])])
+            self.labels += list(np.moveaxis(label, -1, 0))
         self.labelled = [index for index, label in enumerate(self.labels) if label.any()]
         if self.positives and not self.labelled:
             raise ValueError("positive_share is above 0, but no training slice has a labelled pixel.")

@@ -35,11 +35,17 @@ def check_spacing(spacing: Sequence[float], name: str) -> None:
         name: the file, for the message.
 
     Raises:
-        ValueError: if a size is not positive and finite, or if slices are 1 mm apart: such a header lost its spacing.
+        ValueError: if a size is not positive and finite, or not one in millimetres, or if slices are 1 mm apart: such a
+            header lost its spacing.
     """
     listed = " x ".join(f"{size:g}" for size in spacing)
     if not all(np.isfinite(size) and size > 0 for size in spacing):
         raise ValueError(f"{name}: the voxel size of {listed} mm is not positive. Correct the header's pixdim.")
+    if not all(0.05 < size < 100 for size in spacing):
+        raise ValueError(
+            f"{name}: the header says {listed} mm, which no short-axis stack has. If it is in another unit, such as "
+            "metres, write millimetres (pixdim and affine)."
+        )
     if np.isclose(spacing[2], 1.0):  # what nibabel puts for a size of 0, too
         raise ValueError(
             f"{name}: the header says {listed} mm, so the true voxel size was lost: short-axis slices are "

@@ -122,7 +122,8 @@ def group_cines(cases: Iterable[dict[str, Any]], output: Path, given: Given = (N
         frames = [int(info[phase]) - 1 if info else None for phase in ("ED", "ES")]
         known = tuple(frame if one is None else one for one, frame in zip(given, frames, strict=True))
         cines.append(Cine(name, own, known, output))
-    both = {name: own for name, own in pairs.items() if {"ED", "ES"} <= own.keys()}
+    # a cine beside its own end-diastole and end-systole is measured itself
+    both = {name: own for name, own in pairs.items() if {"ED", "ES"} <= own.keys() and name not in phases}
     return cines + [Cine(name, {0: own["ED"], 1: own["ES"]}, (0, 1), output) for name, own in both.items()]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cardiac_qc_plugin.data.folds import hold_out, read_fold
-from cardiac_qc_plugin.data.inputs import find_scans
+from cardiac_qc_plugin.data.inputs import find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
 
@@ -24,6 +24,12 @@ def test_cine_alone_gives_phases(tmp_path):
     write_acdc_like(tmp_path, 1, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0), n_frames=3, with_cine=True)
     scans = find_scans(tmp_path / "patient001" / "patient001_4d.nii.gz")
     assert [(scan.case, scan.frame) for scan in scans] == [(f"patient001_4d/phase{i:02d}", i) for i in range(3)]
+
+
+def test_suffixes_in_capitals_are_suffixes(tmp_path):
+    (tmp_path / "HEART.NII.GZ").touch()
+    (file,) = input_files(tmp_path)
+    assert (file.path, file.name) == (tmp_path / "HEART.NII.GZ", "HEART")
 
 
 def test_same_names_in_two_folders_are_told_apart(tmp_path):

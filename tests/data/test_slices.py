@@ -116,6 +116,15 @@ def test_slices_are_drawn_uniformly():
     assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-square with 7 degrees of freedom: p = 0.0001
 
 
+@pytest.mark.parametrize(("values", "named"), [([0, 256, 512], "256"), ([0, 0.5, 1], "0.5"), ([0, np.nan], "nan")])
+def test_other_labels_than_the_four_are_refused(values, named):
+    """Cast to bytes they would have been background, or another class."""
+    labels = np.resize(np.array(values, np.float32), (1, 20, 20, 2))
+    item = {"image": np.zeros((1, 20, 20, 2), np.float32), "label": labels}
+    with pytest.raises(ValueError, match=rf"patient7_gt.nii.gz has the values \[{named}"):
+        SlicePatchDataset([{"label": "patient7_gt.nii.gz"}], lambda _: item, patch_size=16)
+
+
 def test_turns_are_drawn_uniformly():
     data = dataset(((8, 8, 1),), batch_size=400, length=10)
     first = torch.cat([batch["image"][:, 1:, 0, 0] for batch in data])  # row and column of the upper left pixel

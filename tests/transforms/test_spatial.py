@@ -144,6 +144,11 @@ def test_spacing_of_zero_in_the_affine(axis):
         ((1.5, np.nan, 8.0), "not positive"),
         ((1.5, 1.5, np.inf), "not positive"),
         ((1.0, 1.0, 1.0), "1 x 1 x 1 mm"),
+        (
+            (0.0015, 0.0015, 0.008),
+            "0.0015 x 0.0015 x 0.008 mm, which no short-axis stack has. If it is in another unit",
+        ),
+        ((1500.0, 1500.0, 8000.0), "write millimetres"),
     ],
 )
 def test_refused_spacings(spacing, message):

@@ -42,6 +42,11 @@ def written(cases, tmp_path, given=(None, None)):
     return records
 
 
+def test_a_cine_beside_its_own_ed_and_es_is_measured_itself(tmp_path):
+    (record,) = written([*cine(tmp_path), case("heart_ed", 120), case("heart_es", 108)], tmp_path)
+    assert (record["es_phase"], record["indices"]["lv_esv_ml"]) == (3, 60)
+
+
 def test_indices_of_a_cine(tmp_path):
     write_json(
         tmp_path / "heart" / "dicom.json",
