@@ -1,5 +1,6 @@
 """Weights as files: what is shipped, and what is read back; and what an interrupted training goes on from."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -23,10 +24,12 @@ __all__ = [
     "epoch_length",
     "load_weights",
     "read_threshold",
+    "remove_checkpoint",
     "save_weights",
 ]
 
 LONGEST_EPOCH = 250  # iterations
+CHECKPOINT = "checkpoint.pt"
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -208,7 +211,14 @@ class EpochCheckpoint:
         if idist.get_rank() > 0:
             return
         state = {name: entry.state_dict() for name, entry in self.state.items()}
-        DiskSaver(self.folder, require_empty=False)(state, "checkpoint.pt")
+        DiskSaver(self.folder, require_empty=False)(state, CHECKPOINT)
+
+
+def remove_checkpoint(folder: str | Path) -> None:
+    """Remove what `EpochCheckpoint` wrote, at the end of a training; other files there, and so the folder, stay."""
+    (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
 
 
 class SnapshotSaver:

@@ -40,7 +40,7 @@ def reduced_precision(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fast_integers(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from cardiac_qc_plugin.checkpoints import EpochCheckpoint, epoch_length, load_weights, save_weights
+from cardiac_qc_plugin.checkpoints import EpochCheckpoint, epoch_length, load_weights, remove_checkpoint, save_weights
 from cardiac_qc_plugin.metrics import VolumeDetection
 from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
 from cardiac_qc_plugin.workflows.operating_point import choose_operating_point
@@ -204,6 +204,18 @@ def test_detector_of_other_regions_is_refused(tmp_path):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_only_the_checkpoint_is_removed(tmp_path):
+    """The folder may be a user's own."""
+    (tmp_path / "checkpoint.pt").touch()
+    (tmp_path / "precious.txt").touch()
+    remove_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "checkpoint.pt").touch()
+    remove_checkpoint(tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
 
 
 def test_operating_point_stays_for_weights_of_the_same_regions(tmp_path):

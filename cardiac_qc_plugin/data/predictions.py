@@ -35,7 +35,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
-    """A datalist of the 3-D NIfTI files (``.nii.gz``) in a folder and below, without ACDC's labels and cines.
+    """A datalist of the 3-D NIfTI files (``.nii``, ``.nii.gz``) in a folder and below, without ACDC's labels and cines.
 
     Args:
         folder: where the scans are.
@@ -48,18 +48,18 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
 
         >>> scan_items("nowhere", "results")
         Traceback (most recent call last):
-        ValueError: nowhere: no scan (.nii.gz) in this folder or below. Check --dataset_dir.
+        ValueError: nowhere: no scan (.nii, .nii.gz) in this folder or below. Check --dataset_dir.
     """
     root, own = Path(folder), Path(output).resolve()
     paths = [
         path
         for path in files_below(root)
-        if re.search(r"(?<!_gt)(?<!_4d)\.nii\.gz$", path.name)
+        if re.search(r"(?<!_gt)(?<!_4d)\.nii(\.gz)?$", path.name, re.IGNORECASE)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not (root.resolve() in own.parents and own in path.resolve().parents)
     ]
     if not paths:
-        raise ValueError(f"{folder}: no scan (.nii.gz) in this folder or below. Check --dataset_dir.")
+        raise ValueError(f"{folder}: no scan (.nii, .nii.gz) in this folder or below. Check --dataset_dir.")
     names: dict[str, Path] = {}
     for path in paths:
         if (first := names.setdefault(case_name(path), path)) != path:

@@ -442,16 +442,17 @@ def test_scans_of_a_bundles_folder(tmp_path):
         folder / "below/a.nii.gz",
         folder / "a_gt.nii.gz",
         folder / "a_4d.nii.gz",
+        folder / "c.NII",
         tmp_path / "elsewhere/b.nii.gz",
     ):
         path.touch()
-    expected = [{"image": str(folder / name)} for name in ("below/a.nii.gz", "link/b.nii.gz")]
+    expected = [{"image": str(folder / name)} for name in ("below/a.nii.gz", "c.NII", "link/b.nii.gz")]
     assert scan_items(folder, tmp_path / "out") == expected
     (folder / "results").mkdir()
     (folder / "results" / "a_segmentation.nii.gz").touch()  # of an earlier run
     assert scan_items(folder, folder / "results") == expected
     assert scan_items(folder, folder) == scan_items(folder, tmp_path)  # not below: nothing is left out
-    assert len(scan_items(folder, folder)) == 3
+    assert len(scan_items(folder, folder)) == 4
     (folder / ".git").mkdir()
     (folder / ".git" / "hidden.nii.gz").touch()
     (folder / "twice").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
