@@ -135,10 +135,10 @@ def test_region_labels_of_a_batch():
 def test_positive_weight_is_the_ratio_of_regions():
     label = np.zeros((1, 20, 16, 2), dtype=np.uint8)  # the last four rows make no whole region
     label[0, 0, 0, 0] = label[0, 9, 9, 1] = label[0, 19, 0, 1] = 1
-    data = SlicePatchDataset([0], lambda _: {"image": label, "label": label}, 8, 1, 1)
+    data = SlicePatchDataset([{}], lambda _: {"image": label, "label": label}, 8, 1, 1)
     assert positive_weight(data, 8) == (8 - 2) / 2
     with pytest.raises(ValueError, match="nothing to learn"):
-        positive_weight(SlicePatchDataset([0], lambda _: {"image": label, "label": 0 * label}, 8, 1, 1), 8)
+        positive_weight(SlicePatchDataset([{}], lambda _: {"image": label, "label": 0 * label}, 8, 1, 1), 8)
 
 
 def test_volume_detection_counts_failures_outside_the_crop():
