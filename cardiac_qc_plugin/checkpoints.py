@@ -17,6 +17,7 @@ from torch import nn
 from . import __version__
 
 __all__ = [
+    "CHECKPOINT",
     "EpochCheckpoint",
     "SnapshotSaver",
     "check_version",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 LONGEST_EPOCH = 250  # iterations
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"  # of an interrupted training
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:

@@ -388,13 +388,12 @@ def test_training_on_all_patients_watches_none(bundle, acdc_like, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_training_resumes(workers, acdc_like, tmp_path, monkeypatch):
+def test_interrupted_training_resumes(workers, acdc_like, tmp_path):
     """Stopped after two of three epochs, it goes on with the third to the same weights; other settings start anew."""
-    monkeypatch.setattr("shutil.rmtree", lambda path: None)
     overrides = {"patch_size": 32, "val_interval": 100, "iterations": 3, "num_workers": workers}
     train("cardiac_dn_segmentation", acdc_like, tmp_path, interrupt=3, **overrides)
     other, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path / "other", fold=1, **overrides)
-    assert other.parser.get_parsed_content("resume_files") == []
+    assert other.parser.get_parsed_content("resume") is None
     assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.003_2_32_0_3")
     other.parser["learning_rate"], other.parser["snapshots"] = 1e-4, 3  # of a training that starts anew
     other.parser.parse()
@@ -403,7 +402,7 @@ def test_interrupted_training_resumes(workers, acdc_like, tmp_path, monkeypatch)
     trainer = workflow.parser.get_parsed_content("train#trainer")
     steps = workflow.parser.get_parsed_content("optimizer").state_dict()["state"][0]["step"]
     assert trainer.state.iteration == 3 and int(steps) == 3
-    assert len(workflow.parser.get_parsed_content("resume_files")) == 1
+    assert workflow.parser.get_parsed_content("resume") is not None
     train("cardiac_dn_segmentation", acdc_like, tmp_path / "uninterrupted", **overrides)
     resumed, expected = (torch.load(p / "model.pt", weights_only=True) for p in (tmp_path, tmp_path / "uninterrupted"))
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)

@@ -555,12 +555,12 @@ def read_phase(planes: Sequence[Plane]) -> np.ndarray:
 
 
 def _pixels(plane: Plane) -> np.ndarray:
-    """A plane's values, (row, column): by pydicom or, where it lacks the decoder, by ITK, which has one of its own."""
+    """A plane's values, (row, column): by pydicom or, where it lacks the decoder or the file says no encoding, by ITK."""
     try:
         with config.disable_value_validation():
             stored = pixel_array(plane.file, index=plane.index, raw=True)
     except Exception as error:  # of many kinds, by transfer syntax and damage
-        if "decod" not in str(error).lower() and "plugin" not in str(error).lower():
+        if not re.search("decod|plugin|transfer_syntax_uid", str(error), re.IGNORECASE):
             raise ValueError(f"{plane.file.name}: its pixels cannot be read ({error}).") from error
         return _pixels_by_itk(plane)
     if stored.shape != plane.shape:

@@ -17,7 +17,7 @@ from cardiac_qc_plugin.reports.pictures import MAP_TOP, mirrored_axes
 from cardiac_qc_plugin.review.journal import Journal
 from cardiac_qc_plugin.review.state import PAUSE, Refused, ReviewState, find_regions, voxel_counts
 from cardiac_qc_plugin.workflows.cine import named_indices
-from cardiac_qc_plugin.workflows.correct import RECORD, accept_edits, write_correction
+from cardiac_qc_plugin.workflows.correct import JOURNAL, RECORD, SEGMENTATION, accept_edits, write_correction
 from cardiac_qc_plugin.workflows.files import (
     Volume,
     case_folders,
@@ -34,7 +34,7 @@ from cardiac_qc_plugin.workflows.urgency import urgencies
 
 __all__ = ["CaseReview", "NoSuchCase", "Seat", "TakenOver", "reviewer_name"]
 
-SEGMENTATION, JOURNAL, AUDIT = "segmentation.nii.gz", "review.jsonl", "audit.json"
+AUDIT = "audit.json"
 PARTS = {  # of an action, that the journal keeps
     "paint": ("slice", "label", "voxels", "shape"),
     "decide": ("regions", "decision"),

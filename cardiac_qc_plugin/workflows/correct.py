@@ -37,6 +37,7 @@ from cardiac_qc_plugin.workflows.references import (
 __all__ = ["accept_edits", "correct", "write_correction"]
 
 SEGMENTATION, REGIONS, RECORD = "segmentation.nii.gz", "failure_regions.nii.gz", "correction.json"
+JOURNAL = "review.jsonl"  # of a review, begun or finished
 Method = Callable[[str, Path, Volume], tuple[np.ndarray, dict[str, Any], dict[str, Path]]]
 """From a case's name, folder and segmentation to its corrected labels, what to note, and the files used."""
 
@@ -92,7 +93,7 @@ def correct(
             raise ValueError(
                 f"{record}: an expert's correction, which a simulated one must not replace. Write elsewhere."
             )
-        if (output / case / "review.jsonl").is_file():
+        if (output / case / JOURNAL).is_file():
             raise ValueError(f"{output / case}: a review, which a correction must not replace. Write elsewhere.")
         for path in (output / case / SEGMENTATION, record):
             path.unlink(missing_ok=True)  # of an earlier correction

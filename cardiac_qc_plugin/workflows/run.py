@@ -24,6 +24,7 @@ from cardiac_qc_plugin.transforms.spatial import spacing_of
 
 from .calibrate import promised_threshold
 from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
+from .dicom_seg import FILES as MASKS
 from .files import (
     OutputError,
     Volume,
@@ -53,7 +54,6 @@ DETECT_FILES: MapFiles = {
     "regions": ("failure_regions.nii.gz", np.uint16),
 }
 STAGES = {"segmentation": SEGMENT_FILES, "detection": DETECT_FILES}
-MASKS = ("segmentation.dcm", "failure_regions.dcm")  # of dicom_seg; other DICOM files there are a user's
 
 
 class CaseFailures(RuntimeError):
@@ -212,8 +212,8 @@ class CaseRecord:
         for stage in later:
             for file, _ in STAGES[stage].values():
                 (self.folder / file).unlink(missing_ok=True)
-        for name in MASKS:
-            (self.folder / name).unlink(missing_ok=True)
+        for name in MASKS:  # other DICOM files there are a user's
+            (self.folder / f"{name}.dcm").unlink(missing_ok=True)
         (self.folder / PAGE).unlink(missing_ok=True)
         for part in self.folder.glob(".part-*"):  # of a process that was killed
             part.unlink(missing_ok=True)

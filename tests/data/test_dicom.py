@@ -310,12 +310,12 @@ def test_scaling_of_each_slice(tmp_path):
     np.testing.assert_allclose(voxels, np.stack([value(z, 1).T * (1.5 + z) - 3 for z in range(SLICES)], axis=-1))
 
 
-def test_without_preamble(tmp_path):
+@pytest.mark.parametrize("implicit", [True, False])
+def test_without_preamble(tmp_path, implicit):
     for i, ds in enumerate(cine()):
         del ds.file_meta
-        dcmwrite(tmp_path / f"{i}", ds, implicit_vr=False, little_endian=True)
-    stack = only(stacks_in(tmp_path))
-    assert len(stack.phases) == PHASES
+        dcmwrite(tmp_path / f"{i}", ds, implicit_vr=implicit, little_endian=True)
+    check(only(stacks_in(tmp_path)))
 
 
 @pytest.mark.parametrize("implicit", [True, False])

@@ -103,7 +103,7 @@ def test_manifests_with_numbers(tmp_path):
     assert [scan.case for scan in find_scans(tmp_path / "list.parquet", fold=1)] == ["101"]
 
 
-@pytest.mark.parametrize("case", ["../evil", "/tmp/evil"])
+@pytest.mark.parametrize("case", ["../evil", "/tmp/evil", "."])
 def test_a_case_outside_the_output_is_refused(tmp_path, case):
     (tmp_path / "list.csv").write_text(f"image,case\na.nii.gz,{case}\n")
     with pytest.raises(ValueError, match=f"list.csv: not a manifest.*'{case}' is no name of a folder below"):

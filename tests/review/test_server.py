@@ -687,6 +687,12 @@ def test_what_is_wrong_with_the_command_is_one_line(predictions, tmp_path, comma
         Seat(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ValueError, match="the folder of one case"):
         Seat(predictions / "p1_ed", tmp_path / "out")
+    corrected = tmp_path / "corrected" / "p1_ed" / "segmentation.nii.gz"
+    corrected.parent.mkdir(parents=True)
+    corrected.write_bytes(b"of correct")
+    with pytest.raises(ValueError, match="p1_ed has a segmentation that no review made"):
+        Seat(predictions, tmp_path / "corrected")
+    assert corrected.read_bytes() == b"of correct"
     outcome = command("review", "--predictions", predictions, "--output", predictions / "out", "--no_browser")
     assert outcome.returncode == 1 and "write the review somewhere else" in outcome.stderr
     assert outcome.stderr.count("\n") == 1

@@ -139,6 +139,19 @@ def test_expert_edits(run):
     assert (record["kind"], record["n_voxels_changed"], record["edits"]["n_outside"]) == ("expert", 1, 0)
 
 
+def test_a_correction_does_not_replace_a_review(run):
+    """Neither a simulated one nor masks made elsewhere; what the review wrote stays."""
+    root, cases = run
+    write_edits(root, cases, outside=0)
+    (root / "out" / CASE).mkdir(parents=True)
+    (root / "out" / CASE / "review.jsonl").touch()
+    (root / "out" / CASE / "segmentation.nii.gz").write_bytes(b"finished")
+    for source in ({"edited": root / "edited"}, {"reference": root / "acdc"}):
+        outcome = correct(root / "run", root / "out", **source)
+        assert "a review, which a correction must not replace" in outcome.failures[CASE]
+        assert (root / "out" / CASE / "segmentation.nii.gz").read_bytes() == b"finished"
+
+
 def test_a_simulated_correction_does_not_replace_an_experts(run):
     root, cases = run
     write_edits(root, cases, outside=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from pydicom import config, dcmread
+from pydicom import config, dcmread, dcmwrite
 from pydicom.uid import EnhancedMRImageStorage
 
 from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
@@ -49,6 +49,17 @@ def test_read_back_equal_to_the_nifti_masks(tmp_path):
         failure = hd.seg.segread(folder / "failure_regions.dcm")
         read = failure.get_pixels_by_source_instance(uids)[..., 0]
         np.testing.assert_array_equal(read.transpose(2, 1, 0), regions > 0)
+
+
+def test_old_files_without_a_preamble(tmp_path):
+    """They are read, so they get Segmentations."""
+    (tmp_path / "in").mkdir()
+    for i, ds in enumerate(cine()):
+        del ds.file_meta
+        dcmwrite(tmp_path / "in" / f"{i}", ds, implicit_vr=False, little_endian=True)
+    masks = run_on(tmp_path / "in", tmp_path / "out")
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.failures == {} and all((folder / "segmentation.dcm").is_file() for folder in masks)
 
 
 def test_frames_lie_where_the_voxels_are(tmp_path):

@@ -169,8 +169,9 @@ def test_the_command(study, tmp_path, command):
     root, *_ = study
     copy_with_emap(root, tmp_path / "run")
     (tmp_path / "run" / "patient002_frame05" / "qc.json").write_text("{}")
-    places = ("--reference", root / "acdc", "--output", tmp_path / "out", "--compare_map", tmp_path / "run")
-    result = command("effort", "--predictions", root / "run", *places, "--seeds", 1)
+    (tmp_path / "run").rename(tmp_path / "2024")  # which Fire takes for a number
+    places = ("--reference", root / "acdc", "--output", tmp_path / "out", "--compare_map", "2024")
+    result = command("effort", "--predictions", root / "run", *places, "--seeds", 1, cwd=tmp_path)
     assert result.returncode == 1, result.stderr  # a case without detection
     assert "patient002_frame05" in result.stdout and "not detected" in result.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cardiac_qc_plugin.data.dicom import dicom_files
-from cardiac_qc_plugin.data.inputs import READERS, InputFile, check_list_options, input_files, phases
+from cardiac_qc_plugin.data.inputs import READERS, InputFile, check_list_options, folder_files, input_files, phases
 from cardiac_qc_plugin.reports import write_report
 
 from ..calibrate import write_operating_curve
@@ -304,11 +304,7 @@ def cohort_files(source: Path, root: str | Path | None, fold: int | None) -> Ite
     check_list_options(source, root, fold)
     yield InputFile(source)
     if source.is_dir():
-        try:
-            yield from input_files(source)
-        except ValueError as error:
-            if "no NIfTI file" not in str(error):
-                raise
+        yield from map(InputFile, folder_files(source))
 
 
 def run_cohort(
