@@ -555,7 +555,7 @@ def read_phase(planes: Sequence[Plane]) -> np.ndarray:
 
 
 def _pixels(plane: Plane) -> np.ndarray:
-    """A plane's values, (row, column): by pydicom or, where it lacks the decoder or the file says no encoding, by ITK."""
+    """A plane's values, (row, column): by pydicom, or by ITK where it has no decoder or the file no meta group."""
     try:
         with config.disable_value_validation():
             stored = pixel_array(plane.file, index=plane.index, raw=True)

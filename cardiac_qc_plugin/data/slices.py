@@ -108,9 +108,8 @@ class SlicePatchDataset(IterableDataset):
         ``{"image": (B, C, patch_size, patch_size) float, "label": (B, 1, patch_size, patch_size) float}``.
 
     Raises:
-        ValueError: for an empty datalist, a share that is none, a label of another shape than its image's
-            or with other values than 0 to 3, or if
-            positives are asked of data without a labelled pixel.
+        ValueError: for an empty datalist, a share that is none, a label of another shape than its image's or
+            with other values than 0 to 3, or if positives are asked of data without a labelled pixel.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ class CohortWorker:
     def file(self, root: Path, name: str, path: Path) -> dict[str, Any]:
         """All phases of a file, or of a folder of DICOM files, whose cases have names of their own."""
         dicom = path.is_dir() or dicom_files(path)
-        inputs = self.import_dicom(root, path) if dicom else Inputs(phases(name, path))
+        inputs = self.from_dicom(root, path) if dicom else Inputs(phases(name, path))
         scans, failures = inputs.scans, inputs.failures
         cases, broken, records = process(scans, root, self.predictors, self.preview, self.given)
         detects = self.predictors[1] is not None
@@ -77,7 +77,7 @@ class CohortWorker:
         hearts = [table_row(one) for one in records]
         return {"cases": rows, "failures": [*failures, *broken], "hearts": hearts, "skipped": inputs.skipped}
 
-    def import_dicom(self, root: Path, path: Path) -> Inputs:
+    def from_dicom(self, root: Path, path: Path) -> Inputs:
         """The short-axis cines of a DICOM file, or of a folder of them."""
         if not isinstance(self.store, FolderStore):
             raise ValueError(f"{path}: DICOM files need a folder as output, {self.store} is none.")
