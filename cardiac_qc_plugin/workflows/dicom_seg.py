@@ -18,7 +18,7 @@ from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.data.dicom import dicom_files, frame_group
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 
-from .files import read_json, read_volume, write_file
+from .files import MASKS, read_json, read_volume, write_file
 from .references import Outcome
 
 __all__ = ["write_dicom_seg"]
@@ -41,7 +41,7 @@ PLACE = {
     "PlaneOrientation": ("ImageOrientationPatient",),
     "PixelMeasures": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
 }
-FILES = {"segmentation": tuple(CLASS_NAMES.values()), "failure_regions": ("failure",)}
+SEGMENTS = dict(zip(MASKS, (tuple(CLASS_NAMES.values()), ("failure",)), strict=True))
 
 
 def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
@@ -117,7 +117,7 @@ def _write_phase(
         _complete(image, images[0])
     stand_for = {str(image.SOPInstanceUID): frame for image, frame in zip(images, frames, strict=True)}
     written = 0
-    for name, segments in FILES.items():
+    for name, segments in SEGMENTS.items():
         path = folder / f"{name}.dcm"
         path.unlink(missing_ok=True)
         source = folder / f"{name}.nii.gz"

@@ -19,6 +19,7 @@ from nibabel.openers import ImageOpener
 from cardiac_qc_plugin.transforms.spatial import check_spacing
 
 __all__ = [
+    "MASKS",
     "OutputError",
     "Volume",
     "case_folders",
@@ -32,6 +33,8 @@ __all__ = [
     "write_rows",
     "write_text",
 ]
+
+MASKS = ("segmentation", "failure_regions")  # results that are also written as DICOM Segmentations
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ from cardiac_qc_plugin.transforms.spatial import spacing_of
 
 from .calibrate import promised_threshold
 from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
-from .dicom_seg import FILES as MASKS
 from .files import (
+    MASKS,
     OutputError,
     Volume,
     check_folder,
