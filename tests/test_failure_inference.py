@@ -10,13 +10,11 @@ from cardiac_qc_plugin.data.slices import SlicePatchDataset, positive_weight
 from cardiac_qc_plugin.inferers import FailureRegionInferer
 from cardiac_qc_plugin.networks import FailureResNet
 from cardiac_qc_plugin.transforms import (
-    CropAroundSegmentationd,
     FlagRegionsd,
     RegionLabelsd,
     crop_box,
     crop_slice,
     paint_regions,
-    uncrop_slice,
 )
 from cardiac_qc_plugin.workflows.files import read_json
 from cardiac_qc_plugin.workflows.operating_point import choose_operating_point, volume_detection
@@ -101,27 +99,6 @@ def test_flagged_regions_of_a_hand_made_map():
     assert report["n_regions"] == 200 and report["flagged_slices"] == [0, 1]
     assert report["expected_failing_regions"] == pytest.approx(1.8)
     assert [region["slice"] for region in report["regions"]] == [0, 1]
-
-
-@pytest.mark.parametrize("shape", [(100, 92), (60, 130), (50, 61)])
-@pytest.mark.parametrize("heart", [None, (30, 45, 20, 58), (0, 50, 0, 61)])
-def test_dictionary_crop_equals_the_array_crop_and_returns(shape, heart):
-    rng = np.random.default_rng(0)
-    image, labels = rng.random((2, *shape)).astype(np.float32), np.zeros((1, *shape), np.float32)
-    if heart:
-        labels[0, heart[0] : heart[1], heart[2] : heart[3]] = 1
-    affine = np.diag([1.5, 1.5, 8.0, 1.0])
-    data = {"image": MetaTensor(image, affine=affine), "segmentation": MetaTensor(labels, affine=affine)}
-    transform = CropAroundSegmentationd(["image", "segmentation"], "segmentation")
-    cropped = transform(data)
-    box = crop_box(labels[0])
-    np.testing.assert_array_equal(cropped["image"], crop_slice(image, box))
-    np.testing.assert_allclose(cropped["image"].affine[:2, 3], [1.5 * box[0], 1.5 * box[2]])
-    back = transform.inverse(cropped)
-    inside = uncrop_slice(crop_slice(np.ones(shape), box), box, shape)
-    np.testing.assert_array_equal(back["image"], image * inside)
-    np.testing.assert_array_equal(back["segmentation"], labels)
-    np.testing.assert_allclose(back["image"].affine, affine)
 
 
 def test_region_labels_of_a_batch():

@@ -3,7 +3,6 @@
 from .correction import EditReport, SimulateCorrection, SimulateCorrectiond, apply_edits, simulate_correction
 from .failure_labels import FailureCriterion, FailureLabel, FailureLabeld, failure_mask
 from .regions import (
-    CropAroundSegmentationd,
     FlagRegionsd,
     RegionGrid,
     RegionLabelsd,
@@ -34,7 +33,6 @@ __all__ = [
     "BayesianMapd",
     "CheckScan",
     "CheckScand",
-    "CropAroundSegmentationd",
     "EditReport",
     "FailureCriterion",
     "FailureLabel",

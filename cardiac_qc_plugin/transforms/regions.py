@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import Crop, InvertibleTransform, MapTransform, Pad
+from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
 Box = tuple[int, int, int, int]
@@ -71,14 +71,13 @@ def crop_slice(image: np.ndarray, box: Box) -> np.ndarray:
     return np.pad(image[..., rows, cols], [(0, 0)] * (image.ndim - 2) + pad)
 
 
-def uncrop_slice(crop: np.ndarray, box: Box, shape: tuple[int, int], fill: float = 0) -> np.ndarray:
-    """Put a crop (..., h, w) back on the image grid: the inverse of `crop_slice` inside the image.
+def uncrop_slice(crop: np.ndarray, box: Box, shape: tuple[int, int]) -> np.ndarray:
+    """Put a crop (..., h, w) back on the image grid, 0 outside the box: the inverse of `crop_slice` in the image.
 
     Args:
         crop: what `crop_slice` cut out, or a result on the same grid.
         box: the box it was cut with.
         shape: (H, W) of the image.
-        fill: value of the pixels outside the box.
 
     Returns:
         Array (..., H, W) of the crop's type.
@@ -90,7 +89,7 @@ def uncrop_slice(crop: np.ndarray, box: Box, shape: tuple[int, int], fill: float
     if crop.shape[-2:] != size:
         raise ValueError(f"The crop has shape {crop.shape}, its box {box} asks for {size}.")
     rows, cols = _inside(box, shape)
-    image = np.full((*crop.shape[:-2], *shape), fill, dtype=crop.dtype)
+    image = np.zeros((*crop.shape[:-2], *shape), dtype=crop.dtype)
     image[..., rows, cols] = crop[
         ..., rows.start - box[0] : rows.stop - box[0], cols.start - box[2] : cols.stop - box[2]
     ]
@@ -249,52 +248,6 @@ def flagged_region_map(
         place = {"slice": z, "row0": rows.start, "row1": rows.stop, "col0": cols.start, "col1": cols.stop}
         records.append({"id": number, **place, "probability": float(probabilities[i])})
     return region_map, records
-
-
-class CropAroundSegmentationd(MapTransform, InvertibleTransform):
-    """Cut the detector's crop out of slices, see `crop_box`; MONAI's own pad and crop keep the affine right.
-
-    The inverse returns to the slice's grid, with zeros outside the crop.
-
-    Args:
-        keys: slices (C, H, W) to cut.
-        segmentation_key: the automatic labels (1, H, W); may be among the keys.
-        region_size: side of a cell in pixels.
-        min_size: smallest side of the crop in pixels.
-        allow_missing_keys: skip slices that are not there.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        segmentation_key: str,
-        region_size: int = 8,
-        min_size: int = 80,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.segmentation_key = segmentation_key
-        self.region_size = region_size
-        self.min_size = min_size
-        self.pad, self.crop = Pad(), Crop()
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        labels = convert_to_numpy(d[self.segmentation_key])[0]
-        box = crop_box(labels, self.region_size, self.min_size)
-        before = [max(-box[0], 0), max(-box[2], 0)]
-        after = [max(box[1] - labels.shape[0], 0), max(box[3] - labels.shape[1], 0)]
-        rows, cols = (slice(box[2 * i] + before[i], box[2 * i + 1] + before[i]) for i in range(2))
-        for key in self.key_iterator(d):
-            padded = self.pad(d[key], to_pad=[(0, 0), *zip(before, after, strict=True)])
-            d[key] = self.crop(padded, slices=(rows, cols))
-        return d
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):  # what to undo is recorded in the slice
-            d[key] = self.pad.inverse(self.crop.inverse(d[key]))
-        return d
 
 
 class RegionLabelsd(MapTransform):

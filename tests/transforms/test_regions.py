@@ -100,13 +100,10 @@ def test_crop_and_uncrop_are_inverse_inside_the_image(drawn, lead, dtype):
     assert np.count_nonzero(crop) == np.count_nonzero(image[..., in_box])  # the padding is 0
 
 
-def test_crop_is_a_copy_and_fill_is_used():
+def test_crop_is_a_copy():
     image = np.ones((4, 4), np.float32)
-    crop = crop_slice(image, (1, 3, 1, 3))
-    crop[:] = 5
+    crop_slice(image, (1, 3, 1, 3))[:] = 5
     assert (image == 1).all()
-    back = uncrop_slice(crop, (1, 3, 1, 3), (4, 4), fill=-1)
-    np.testing.assert_array_equal(back, [[-1] * 4, [-1, 5, 5, -1], [-1, 5, 5, -1], [-1] * 4])
 
 
 def test_crop_errors():
