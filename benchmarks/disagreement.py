@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.detection import aurc
 from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.metrics.statistics import pearson
@@ -36,7 +37,7 @@ def mean_dice(labels: np.ndarray, other: np.ndarray, spacing: tuple[float, float
 
 def measure(runs: list[Path], references: References, case: str, folder: Path) -> dict[str, float]:
     """Risks (1 - mean Dice) and scores of one scan."""
-    volumes = [read_labels(run / case / "segmentation.nii.gz") for run in runs]
+    volumes = [read_labels(run / case / SEGMENTATION_FILE) for run in runs]
     spacing, labels = volumes[0].spacing, [volume.data for volume in volumes]
     reference = read_reference(references.find(case, folder), volumes[0])
     row = {"runs": 1 - float(np.mean([mean_dice(a, b, spacing) for a, b in combinations(labels, 2)]))}

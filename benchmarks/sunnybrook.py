@@ -17,6 +17,7 @@ import numpy as np
 from pydicom import config, dcmread
 from skimage.draw import polygon2mask
 
+from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.workflows.files import read_volume
 
 CONTOUR = re.compile(r"IM-\d+-(\d+)-(.)contour-manual\.txt")
@@ -60,7 +61,7 @@ def score(patient: Path, predictions: Path) -> None:
     print(f"{patient.name} ({record.parent.name})")
     volumes = {}
     for name, t in (("ED", ed), ("ES", es)):
-        volume = read_volume(record.parent / f"phase{t:02d}" / "segmentation.nii.gz")
+        volume = read_volume(record.parent / f"phase{t:02d}" / SEGMENTATION_FILE)
         voxel = np.prod(volume.spacing) / 1000
         slices = [z for kind, p, z in found if (kind, p) == ("i", t)]
         truth = np.stack([found["i", t, z].T for z in slices], axis=-1)

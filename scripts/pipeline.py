@@ -73,7 +73,9 @@ def _note_other_cases(output: str, names: set[str]) -> None:
     """Name cases in the output folder that this run does not make, but the commands that read the folder will take."""
     from pathlib import Path
 
-    others = [path.parent.relative_to(output).as_posix() for path in Path(output).glob("**/segmentation.nii.gz")]
+    from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
+
+    others = [path.parent.relative_to(output).as_posix() for path in Path(output).glob(f"**/{SEGMENTATION_FILE}")]
     if others := sorted(set(others) - names):
         listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         print(

@@ -11,12 +11,12 @@ from typing import Any, TextIO
 
 import nibabel as nib
 
-from .predictions import case_name
+from .predictions import CORRECTION_FILE, case_name
 
 __all__ = ["InputFile", "Scan", "find_scans", "input_files", "phases"]
 
 SUFFIXES = (".nii", ".nii.gz")
-RECORDS = ("qc.json", "correction.json", "dicom.json")  # left by a stage in a case's folder
+RECORDS = ("qc.json", CORRECTION_FILE, "dicom.json")  # left by a stage in a case's folder
 BLOCK = 1 << 14  # characters of a datalist at once
 
 

@@ -8,8 +8,23 @@ from pathlib import Path
 
 from monai.utils import ensure_tuple
 
-__all__ = ["MAP_FILES", "MAP_NAMES", "case_name", "files_below", "scan_items", "with_predictions"]
+__all__ = [
+    "CORRECTION_FILE",
+    "MAP_FILES",
+    "MAP_NAMES",
+    "PROBABILITY_FILE",
+    "REGIONS_FILE",
+    "SEGMENTATION_FILE",
+    "case_name",
+    "files_below",
+    "scan_items",
+    "with_predictions",
+]
 
+SEGMENTATION_FILE = "segmentation.nii.gz"
+PROBABILITY_FILE = "failure_probability.nii.gz"
+REGIONS_FILE = "failure_regions.nii.gz"
+CORRECTION_FILE = "correction.json"
 MAP_FILES = {"bmap": "bayesian.nii.gz", "emap": "entropy.nii.gz"}
 MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's tables
 
@@ -97,7 +112,7 @@ def with_predictions(
         folder = next((folder for folder in folders if folder.is_dir()), folders[0])
         if (first := taken.setdefault(folder, image)) != image:
             raise ValueError(f"{folder}: of {first} or {image}? Give predictions that `segment` made of these images.")
-        files = {"segmentation": folder / "segmentation.nii.gz", "uncertainty": folder / MAP_FILES[map]}
+        files = {"segmentation": folder / SEGMENTATION_FILE, "uncertainty": folder / MAP_FILES[map]}
         for path in files.values():
             if not path.is_file():
                 raise ValueError(

@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from skimage.measure import find_contours
 
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.transforms.regions import flagged_region_map, region_grid
 from cardiac_qc_plugin.transforms.spatial import says_how_it_lies, seen_from_base
@@ -136,7 +136,7 @@ def draw_sheet(folder: Path, qc: Mapping[str, Any]) -> Sheet:
     """
     detection = qc["detection"]
     scan = read_volume(qc["input"]["path"], qc["input"]["frame"])
-    files = "segmentation.nii.gz", MAP_FILES[detection["map"]], "failure_probability.nii.gz"
+    files = SEGMENTATION_FILE, MAP_FILES[detection["map"]], PROBABILITY_FILE
     labels, uncertainty, probability = (_read_like(folder / name, scan.data) for name in files)
     view = View(detection["boxes"], detection["region_size"], scan)
     grid = operating_grid(detection["threshold"])

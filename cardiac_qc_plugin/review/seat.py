@@ -11,13 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import (
+    CORRECTION_FILE,
+    MAP_FILES,
+    PROBABILITY_FILE,
+    REGIONS_FILE,
+    SEGMENTATION_FILE,
+)
 from cardiac_qc_plugin.metrics.clinical import structure_volumes
 from cardiac_qc_plugin.reports.pictures import MAP_TOP, mirrored_axes
 from cardiac_qc_plugin.review.journal import Journal
 from cardiac_qc_plugin.review.state import PAUSE, Refused, ReviewState, find_regions, voxel_counts
 from cardiac_qc_plugin.workflows.cine import named_indices
-from cardiac_qc_plugin.workflows.correct import JOURNAL, RECORD, SEGMENTATION, accept_edits, write_correction
+from cardiac_qc_plugin.workflows.correct import JOURNAL, accept_edits, write_correction
 from cardiac_qc_plugin.workflows.files import (
     Volume,
     case_folders,
@@ -88,11 +94,9 @@ class CaseReview:
 
     def __init__(self, name: str, folder: Path, output: Path) -> None:
         self.name, self.folder, self.output = name, folder, output
-        self.segmentation = read_labels(folder / SEGMENTATION)
-        flagged = self._read("failure_regions.nii.gz")
-        self.state = ReviewState(
-            self.segmentation.data, flagged, find_regions(flagged, self._read("failure_probability.nii.gz"))
-        )
+        self.segmentation = read_labels(folder / SEGMENTATION_FILE)
+        flagged = self._read(REGIONS_FILE)
+        self.state = ReviewState(self.segmentation.data, flagged, find_regions(flagged, self._read(PROBABILITY_FILE)))
         self.session: str | None = None
         self.journal = Journal(output / JOURNAL)
         begun = self._begin()
@@ -121,7 +125,7 @@ class CaseReview:
         return array
 
     def _begin(self) -> dict[str, Any]:
-        files = (SEGMENTATION, "failure_regions.nii.gz")
+        files = (SEGMENTATION_FILE, REGIONS_FILE)
         return {"action": "begin", "time": now(), "sources": {name: file_sha256(self.folder / name) for name in files}}
 
     # what the page shows
@@ -256,7 +260,7 @@ class CaseReview:
 
     def withdraw(self) -> None:
         """Remove the results of a review that is not finished any more; all of it is in the journal."""
-        for name in (AUDIT, "audit.csv", RECORD, SEGMENTATION, "edited.nii.gz"):
+        for name in (AUDIT, "audit.csv", CORRECTION_FILE, SEGMENTATION_FILE, "edited.nii.gz"):
             (self.output / name).unlink(missing_ok=True)
 
     def write_segmentation(self) -> None:
@@ -314,7 +318,7 @@ class Seat:
         if "." in folders:
             raise ValueError(f"{predictions} is the folder of one case: give the one above it.")
         for name in folders:
-            if (self.output / name / SEGMENTATION).is_file() and not (self.output / name / JOURNAL).is_file():
+            if (self.output / name / SEGMENTATION_FILE).is_file() and not (self.output / name / JOURNAL).is_file():
                 raise ValueError(
                     f"{self.output / name} has a segmentation that no review made: write the review to another folder."
                 )

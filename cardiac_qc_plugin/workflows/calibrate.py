@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.conformal import InfeasibleRisk, control_risk
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
 from cardiac_qc_plugin.reports import CURVE_FILE
@@ -274,7 +275,7 @@ def read_patients(
 
     def read(name: str, own: Path) -> tuple[str, tuple, VolumeDetection]:
         path = references.find(name, own)
-        segmentation = read_labels(own / "segmentation.nii.gz")
+        segmentation = read_labels(own / SEGMENTATION_FILE)
         record = read_json(own / "qc.json")
         if missing := {"segmentation", "detection"} - record.keys():
             raise ValueError(f"{own / 'qc.json'}: no entry {' and '.join(sorted(missing))}. Run this case again.")

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from cardiac_qc_plugin.data.predictions import CORRECTION_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_hausdorff
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.reports.expert import expert_text
-from cardiac_qc_plugin.reports.paper_tables import CELLS, paper
+from cardiac_qc_plugin.reports.paper_tables import paper
 from cardiac_qc_plugin.transforms.correction import check_on_outside, simulate_correction
 from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
 from cardiac_qc_plugin.workflows.evaluate import compare_paired, without_nan
 from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.measure import STRUCTURES
 from cardiac_qc_plugin.workflows.references import (
     MissingLabels,
     Outcome,
@@ -102,10 +104,10 @@ def measure_case(case: str, folder: Path, mask: Path, reference: Path, on_outsid
             outside flagged regions; the message names the file.
     """
     patient, phase = patient_and_phase(case, reference)
-    segmentation = read_labels(folder / "segmentation.nii.gz")
+    segmentation = read_labels(folder / SEGMENTATION_FILE)
     labels = read_reference(reference, segmentation)
     flagged, _ = read_flagged(folder, segmentation)
-    check_record(mask.with_name("correction.json"), folder / "segmentation.nii.gz")
+    check_record(mask.with_name(CORRECTION_FILE), folder / SEGMENTATION_FILE)
     edited, notes, _ = accept_edits(mask, folder, segmentation, on_outside)
     simulated = simulate_correction(segmentation.data, labels, flagged)
     versions = {"auto": segmentation.data, "simulated": simulated, "expert": edited}
@@ -134,13 +136,12 @@ def table_rows(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Table IV (a) and (b): a row for each metric, scenario, phase and structure, tested against the segmentation."""
     published = {(row["metric"], row["scenario"]): row for row in paper("table4")}
     phases = [phase for phase in ("ED", "ES", "unknown") if any(own["phase"] == phase for own in cases)]
-    structures = [name for phase, name in CELLS if phase == "ED"]
     rows = []
     for metric, theirs in METRICS.items():
         for scenario, name_in_paper in SCENARIOS.items():
             for phase in phases:
                 own = [case["scores"] for case in cases if case["phase"] == phase]
-                for name in structures:
+                for name in STRUCTURES:
                     auto, values = ([getattr(s[side][name], metric) for s in own] for side in ("auto", scenario))
                     row = {"metric": metric, "scenario": scenario, "phase": phase, "structure": name}
                     row |= _cell(values) if scenario == "auto" else _tested(auto, values)
@@ -173,6 +174,6 @@ def case_row(case: str, own: dict[str, Any]) -> dict[str, Any]:
     return row | {
         f"{label}_{name}_{scenario}": getattr(scores[scenario][name], metric)
         for metric, label in (("dice", "dice"), ("hausdorff", "hausdorff_mm"))
-        for _, name in CELLS[:3]
+        for name in STRUCTURES
         for scenario in SCENARIOS
     }

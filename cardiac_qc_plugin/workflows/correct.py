@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cardiac_qc_plugin import __version__
+from cardiac_qc_plugin.data.predictions import CORRECTION_FILE, REGIONS_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.transforms.correction import (
     Rule,
     apply_edits,
@@ -36,7 +37,6 @@ from cardiac_qc_plugin.workflows.references import (
 
 __all__ = ["accept_edits", "correct", "write_correction"]
 
-SEGMENTATION, REGIONS, RECORD = "segmentation.nii.gz", "failure_regions.nii.gz", "correction.json"
 JOURNAL = "review.jsonl"  # of a review, begun or finished
 Method = Callable[[str, Path, Volume], tuple[np.ndarray, dict[str, Any], dict[str, Path]]]
 """From a case's name, folder and segmentation to its corrected labels, what to note, and the files used."""
@@ -88,16 +88,16 @@ def correct(
     output.mkdir(parents=True, exist_ok=True)
 
     def correct_case(case: str, folder: Path) -> dict[str, Any]:
-        record = output / case / RECORD
+        record = output / case / CORRECTION_FILE
         if edited is None and record.is_file() and read_json(record)["kind"] != "simulated":
             raise ValueError(
                 f"{record}: an expert's correction, which a simulated one must not replace. Write elsewhere."
             )
         if (output / case / JOURNAL).is_file():
             raise ValueError(f"{output / case}: a review, which a correction must not replace. Write elsewhere.")
-        for path in (output / case / SEGMENTATION, record):
+        for path in (output / case / SEGMENTATION_FILE, record):
             path.unlink(missing_ok=True)  # of an earlier correction
-        segmentation = read_labels(folder / SEGMENTATION)
+        segmentation = read_labels(folder / SEGMENTATION_FILE)
         labels, notes, sources = method(case, folder, segmentation)
         return write_correction(case, folder, output / case, segmentation, labels, notes, sources)
 
@@ -199,18 +199,18 @@ def write_correction(
         "slices_changed": np.flatnonzero(changed.any(axis=(0, 1))).tolist(),
         "sources": {
             name: {"path": str(path.resolve()), "sha256": file_sha256(path)}
-            for name, path in {"segmentation": folder / SEGMENTATION, **sources}.items()
+            for name, path in {"segmentation": folder / SEGMENTATION_FILE, **sources}.items()
         },
         "versions": {"cardiac_qc_plugin": __version__},
     }
-    write_like(output / SEGMENTATION, labels, segmentation)
-    write_json(output / RECORD, record)
+    write_like(output / SEGMENTATION_FILE, labels, segmentation)
+    write_json(output / CORRECTION_FILE, record)
     return record
 
 
 def read_flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
     """The map of flagged regions of a case, (H, W, D), and its file."""
-    path = folder / REGIONS
+    path = folder / REGIONS_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file, its failures were not detected. Give the output folder of run.")
     regions = read_volume(path).data

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.effort import ReviewedVolume
 from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.reports.effort import draw_effort, effort_text
@@ -162,7 +162,7 @@ def read_case(name: str, folder: Path, references: References, criterion: str, a
         ValueError: a file is missing, damaged or does not fit the others; the message names it.
     """
     path = references.find(name, folder)
-    segmentation = read_labels(folder / "segmentation.nii.gz")
+    segmentation = read_labels(folder / SEGMENTATION_FILE)
     prediction, reference = segmentation.data, read_reference(path, segmentation)
     detection = read_json(folder / "qc.json").get("detection")
     if detection is None:
@@ -182,7 +182,7 @@ def read_case(name: str, folder: Path, references: References, criterion: str, a
         volume=volume,
         map=detection["map"],
         scores={
-            "detector": grid.means(read_map(folder / "failure_probability.nii.gz", segmentation)),
+            "detector": grid.means(read_map(folder / PROBABILITY_FILE, segmentation)),
             "uncertainty": grid.means(read_map(folder / MAP_FILES[detection["map"]], segmentation)),
             "oracle_dice": volume.dice_gain,
             "oracle_failures": in_regions + volume.wrong / 1e6,  # of equally many failures, the more wrong region

@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.openers import ImageOpener
 
+from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.transforms.spatial import check_spacing
 
 __all__ = [
@@ -211,7 +212,7 @@ def check_output(output: Path, command: str, *inputs: str | Path) -> None:
         OutputError: see `check_folder`.
     """
     check_folder(output)
-    if (output / "segmentation.nii.gz").is_file() or any(output.resolve() == Path(one).resolve() for one in inputs):
+    if (output / SEGMENTATION_FILE).is_file() or any(output.resolve() == Path(one).resolve() for one in inputs):
         raise ValueError(f"{output} is an input of this command: write to another folder.")
     try:
         other = read_json(output / "summary.json")["command"]
@@ -227,7 +228,7 @@ def case_folders(root: str | Path) -> list[Path]:
     Raises:
         ValueError: if there is none.
     """
-    folders = sorted(path.parent for path in Path(root).rglob("segmentation.nii.gz"))
+    folders = sorted(path.parent for path in Path(root).rglob(SEGMENTATION_FILE))
     if not folders:
-        raise ValueError(f"{root}: no segmentation.nii.gz in it. Give the output folder of 'run'.")
+        raise ValueError(f"{root}: no {SEGMENTATION_FILE} in it. Give the output folder of 'run'.")
     return folders

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.calibration import RiskCoverage, voxel_risk_coverage
 from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, clinical_indices, structure_volumes
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
@@ -112,7 +112,7 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     """
     reference_path = references.find(case, folder)
     patient, phase = patient_and_phase(case, reference_path)
-    segmentation = read_labels(folder / "segmentation.nii.gz")
+    segmentation = read_labels(folder / SEGMENTATION_FILE)
     reference = read_reference(reference_path, segmentation)
     maps = {
         name: read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
@@ -120,14 +120,14 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     qc_path = folder / "qc.json"
     qc = read_json(qc_path) if qc_path.is_file() else {}
     threshold, detection = None, {}
-    if "detection" in qc and (folder / "failure_probability.nii.gz").is_file():
+    if "detection" in qc and (folder / PROBABILITY_FILE).is_file():
         threshold = qc["detection"].get("threshold")
         detection = read_detection(qc_path, qc["detection"], segmentation, reference, apex)
     return Measurement(
         case=case,
         patient=patient,
         phase=phase,
-        segmentation=folder / "segmentation.nii.gz",
+        segmentation=folder / SEGMENTATION_FILE,
         reference=reference_path,
         scores=dice_and_hausdorff(segmentation.data, reference, segmentation.spacing),
         volume_ml=structure_volumes(segmentation.data, segmentation.spacing),
@@ -179,7 +179,7 @@ def read_detection(
             f"{qc_path}: 'detection' needs threshold, region_size and one of boxes for each of the "
             f"{segmentation.data.shape[2]} slices; missing: {missing or 'boxes'}. Run this case again."
         )
-    painted = read_map(qc_path.with_name("failure_probability.nii.gz"), segmentation)
+    painted = read_map(qc_path.with_name(PROBABILITY_FILE), segmentation)
     failures = {
         name: failure_mask(segmentation.data, reference, segmentation.spacing[:2], name, apex) for name in criteria
     }

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.bundle import BundlePredictor, load_detector, load_models
 from cardiac_qc_plugin.data.inputs import Scan
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, REGIONS_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
 from cardiac_qc_plugin.metrics.plausibility import plausibility
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
@@ -45,13 +45,13 @@ __all__ = ["CaseFailures", "load_predictors", "run"]
 Predictors = tuple[BundlePredictor, BundlePredictor | None]  # that segment, and that find failures
 MapFiles = dict[str, tuple[str, type]]  # entry of a bundle's result: file, and type of its voxels
 SEGMENT_FILES: MapFiles = {
-    "pred": ("segmentation.nii.gz", np.uint8),
+    "pred": (SEGMENTATION_FILE, np.uint8),
     "emap": (MAP_FILES["emap"], np.float32),
     "bmap": (MAP_FILES["bmap"], np.float32),
 }
 DETECT_FILES: MapFiles = {
-    "pred": ("failure_probability.nii.gz", np.float32),
-    "regions": ("failure_regions.nii.gz", np.uint16),
+    "pred": (PROBABILITY_FILE, np.float32),
+    "regions": (REGIONS_FILE, np.uint16),
 }
 STAGES = {"segmentation": SEGMENT_FILES, "detection": DETECT_FILES}
 

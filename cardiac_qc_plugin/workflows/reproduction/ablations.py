@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, failures_by_class
@@ -77,7 +78,7 @@ def sweep_labels(maps: Sequence[Stage], reference: Path, stage: Stage, budget: B
     references = References(reference)
 
     def sweep(rules: Callable, case: str, folder: Path) -> list[dict[str, Any]]:
-        segmentation = read_labels(folder / "segmentation.nii.gz")
+        segmentation = read_labels(folder / SEGMENTATION_FILE)
         return rules(segmentation.data, read_reference(references.find(case, folder), segmentation))
 
     for name, rules, values in (

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from cardiac_qc_plugin.bundle import find_bundle
 from cardiac_qc_plugin.data.folds import hold_out
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import MAP_FILES, SEGMENTATION_FILE
 from cardiac_qc_plugin.reports.paper_tables import Experiment
 
 from ..files import read_json
@@ -330,7 +330,7 @@ class Grid:
         samples = {"emap": 0, "bmap": samples or self.settings.samples}.get(map, len(weights))
         own = {"map": map_of(map)} | ({} if samples is None else {"samples": samples})
         bundle = self.settings.segmenter(model)
-        files = ("segmentation.nii.gz", MAP_FILES[map_of(map)])
+        files = (SEGMENTATION_FILE, MAP_FILES[map_of(map)])
         return self.stage(
             folder,
             settings={"bundle": bundle.name, "configs": inference_digest(bundle), **own},
@@ -379,7 +379,7 @@ class Grid:
             f"{self.run_folder(model, loss, map, fold)}/corrected",
             settings={"data": self.listing},
             work=partial(correct_regions, detection, self.settings.data),
-            outputs=tuple(f"{scan.case}/segmentation.nii.gz" for scan in scans),
+            outputs=tuple(f"{scan.case}/{SEGMENTATION_FILE}" for scan in scans),
             needs=(detection,),
             info={"kind": "correct"},
         )

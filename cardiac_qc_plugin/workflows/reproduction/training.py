@@ -11,6 +11,7 @@ from monai.bundle import ConfigWorkflow
 from monai.handlers import TensorBoardStatsHandler, from_engine
 
 from cardiac_qc_plugin.bundle import root_cause
+from cardiac_qc_plugin.checkpoints import CHECKPOINT
 
 from ..files import write_text
 from .stages import Budget, BudgetSpent
@@ -138,5 +139,5 @@ def train(
 
 def checkpoint_iteration(curve: Path, resume: Path) -> int:
     """About where a stopped training goes on: the last iteration on its loss curve, 0 without a checkpoint."""
-    rows = read_losses(curve) if (resume / "checkpoint.pt").is_file() else []
+    rows = read_losses(curve) if (resume / CHECKPOINT).is_file() else []
     return math.floor(rows[-1][0]) if rows else 0
