@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cardiac_qc_plugin.data.predictions import MAP_NAMES
+from cardiac_qc_plugin.workflows.files import write_file, write_rows
 
 from .paper_tables import PAIRS, Experiment, by_run, listed, network_name, read_rows
 
@@ -191,14 +192,12 @@ FIGURES: dict[str, tuple[Callable, str]] = {
 """Function and caption of each figure."""
 
 
-def draw(folder: Path, experiments: Sequence[Experiment], write: Callable, write_rows: Callable) -> dict[str, bool]:
+def draw(folder: Path, experiments: Sequence[Experiment]) -> dict[str, bool]:
     """Write every figure that has a line as PNG and SVG, and the numbers behind it as CSV.
 
     Args:
         folder: where to write.
         experiments: what was measured.
-        write: atomic writer of a file.
-        write_rows: atomic writer of a table.
 
     Returns:
         Whether each figure has anything to show.
@@ -210,6 +209,6 @@ def draw(folder: Path, experiments: Sequence[Experiment], write: Callable, write
         for suffix in ("png", "svg"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
             if table:
-                write(folder / f"{name}.{suffix}", figure.savefig)
+                write_file(folder / f"{name}.{suffix}", figure.savefig)
         write_rows(folder / f"{name}.csv", table)
     return shown

@@ -25,7 +25,7 @@ from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, SEGM
 from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
 from cardiac_qc_plugin.transforms.regions import flagged_region_map, region_grid
 from cardiac_qc_plugin.transforms.spatial import says_how_it_lies, seen_from_base
-from cardiac_qc_plugin.workflows.files import Volume, read_volume
+from cardiac_qc_plugin.workflows.files import Volume, read_like, read_volume
 
 __all__ = ["GRID", "MAP_TOP", "Sheet", "draw_sheet", "map_colors", "mirrored_axes", "operating_grid"]
 
@@ -137,7 +137,7 @@ def draw_sheet(folder: Path, qc: Mapping[str, Any]) -> Sheet:
     detection = qc["detection"]
     scan = read_volume(qc["input"]["path"], qc["input"]["frame"])
     files = SEGMENTATION_FILE, MAP_FILES[detection["map"]], PROBABILITY_FILE
-    labels, uncertainty, probability = (_read_like(folder / name, scan.data) for name in files)
+    labels, uncertainty, probability = (read_like(folder / name, scan, "scan") for name in files)
     view = View(detection["boxes"], detection["region_size"], scan)
     grid = operating_grid(detection["threshold"])
     regions = _regions(probability, detection, grid)
@@ -157,13 +157,6 @@ def draw_sheet(folder: Path, qc: Mapping[str, Any]) -> Sheet:
     steps = np.arange(len(grid))
     counts = ((reached[:, None] > steps).sum(axis=0).tolist() for reached in (levels, by_slice))
     return Sheet(view.size, view.size_mm[0] / view.size_mm[1], slices, grid, *counts)
-
-
-def _read_like(path: Path, scan: np.ndarray) -> np.ndarray:
-    array = read_volume(path).data
-    if array.shape != scan.shape:
-        raise ValueError(f"{path}: its shape is {array.shape}, that of the scan {scan.shape}. Run the case again.")
-    return array
 
 
 def _regions(painted: np.ndarray, detection: Mapping[str, Any], grid: Sequence[float]) -> list[dict[str, Any]]:

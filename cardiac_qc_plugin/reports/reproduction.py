@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiac_qc_plugin.workflows.files import write_file, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import write_rows, write_text
 
 from .paper_figures import FIGURES, draw
 from .paper_tables import (
@@ -46,7 +46,7 @@ def write_reproduction(output: Path, experiments: Sequence[Experiment], training
     }
     for name, rows in tables.items():
         write_rows(output / "tables" / f"{name}.csv", rows)
-    shown = draw(output / "figures", experiments, write_file, write_rows)
+    shown = draw(output / "figures", experiments)
     write_text(output / "results.md", page(tables, shown))
 
 

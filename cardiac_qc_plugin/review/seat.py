@@ -1,6 +1,5 @@
 """The cases of a folder of predictions, their reviews, and what a finished review writes."""
 
-import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from cardiac_qc_plugin.metrics.clinical import structure_volumes
 from cardiac_qc_plugin.reports.pictures import MAP_TOP, mirrored_axes
 from cardiac_qc_plugin.review.journal import Journal
 from cardiac_qc_plugin.review.state import PAUSE, Refused, ReviewState, find_regions, voxel_counts
-from cardiac_qc_plugin.workflows.cine import named_indices
+from cardiac_qc_plugin.workflows.cine import named_indices, rounded
 from cardiac_qc_plugin.workflows.correct import JOURNAL, accept_edits, write_correction
 from cardiac_qc_plugin.workflows.files import (
     Volume,
@@ -30,6 +29,7 @@ from cardiac_qc_plugin.workflows.files import (
     check_folder,
     file_sha256,
     read_json,
+    read_like,
     read_volume,
     write_json,
     write_like,
@@ -116,13 +116,7 @@ class CaseReview:
                 raise ValueError(f"{self.journal.path}, line {line}: no action of a review ({error}).") from error
 
     def _read(self, name: str) -> np.ndarray:
-        array = read_volume(self.folder / name).data
-        if array.shape != self.segmentation.data.shape:
-            raise ValueError(
-                f"{self.folder / name}: shape {array.shape}, but the segmentation has {self.segmentation.data.shape}. "
-                "Run the case again."
-            )
-        return array
+        return read_like(self.folder / name, self.segmentation)
 
     def _begin(self) -> dict[str, Any]:
         files = (SEGMENTATION_FILE, REGIONS_FILE)
@@ -402,8 +396,8 @@ class Seat:
         return {
             "cases": phases,
             "reviewed": done,
-            "before": _numbers(named_indices(before["ED"], before["ES"], None)),
-            "after": _numbers(named_indices(after["ED"], after["ES"], None)),
+            "before": rounded(named_indices(before["ED"], before["ES"], None)),
+            "after": rounded(named_indices(after["ED"], after["ES"], None)),
         }
 
     def _finished_beside(self, review: CaseReview) -> list[CaseReview]:
@@ -445,10 +439,6 @@ def _input_path(folder: Path) -> Path | None:
         return Path(read_json(folder / "qc.json")["input"]["path"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _numbers(indices: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else round(value, 2) for name, value in indices.items()}
 
 
 def _scores(folder: Path) -> dict[str, float]:

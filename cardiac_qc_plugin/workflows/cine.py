@@ -29,6 +29,7 @@ __all__ = [
     "index_intervals",
     "named_indices",
     "plan_phases",
+    "rounded",
     "table_row",
     "write_cines",
     "write_indices",
@@ -217,7 +218,7 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
     level = {phase: qc["segmentation"].get("slice_level") for phase, qc in (("ed", ed), ("es", es))}
     return record | {
         "body_surface_area_m2": None if area is None else round(area, 3),
-        "indices": {name: None if np.isnan(value) else round(value, 2) for name, value in indices.items()},
+        "indices": rounded(indices),
         "intervals": index_intervals(
             indices, *(phase["segmentation"].get("sample_volume_ml", {}) for phase in (ed, es)), area
         ),
@@ -247,6 +248,11 @@ def named_indices(ed: Mapping[str, float], es: Mapping[str, float], area: float 
     if area:
         named |= {f"{name}_per_m2": value / area for name, value in named.items() if not name.endswith("percent")}
     return named
+
+
+def rounded(indices: Mapping[str, float]) -> dict[str, float | None]:
+    """Indices as they are written; None for one that is not defined."""
+    return {name: None if np.isnan(value) else round(value, 2) for name, value in indices.items()}
 
 
 def index_intervals(

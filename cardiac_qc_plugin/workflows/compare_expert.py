@@ -10,8 +10,16 @@ from cardiac_qc_plugin.reports.expert import expert_text
 from cardiac_qc_plugin.reports.paper_tables import paper
 from cardiac_qc_plugin.transforms.correction import check_on_outside, simulate_correction
 from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
-from cardiac_qc_plugin.workflows.evaluate import compare_paired, without_nan
-from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.evaluate import compare_paired
+from cardiac_qc_plugin.workflows.files import (
+    check_output,
+    file_sha256,
+    read_json,
+    without_nan,
+    write_json,
+    write_rows,
+    write_text,
+)
 from cardiac_qc_plugin.workflows.measure import STRUCTURES
 from cardiac_qc_plugin.workflows.references import (
     MissingLabels,

@@ -22,7 +22,7 @@ from cardiac_qc_plugin.workflows.files import (
     check_folder,
     file_sha256,
     read_json,
-    read_volume,
+    read_like,
     write_json,
     write_like,
 )
@@ -213,10 +213,7 @@ def read_flagged(folder: Path, segmentation: Volume) -> tuple[np.ndarray, Path]:
     path = folder / REGIONS_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file, its failures were not detected. Give the output folder of run.")
-    regions = read_volume(path).data
-    if regions.shape != segmentation.data.shape:
-        raise ValueError(f"{path}: shape {regions.shape}, but the segmentation has {segmentation.data.shape}.")
-    return regions, path
+    return read_like(path, segmentation), path
 
 
 def _n_regions(flagged: np.ndarray) -> int:

@@ -15,8 +15,15 @@ from cardiac_qc_plugin.reports.effort import draw_effort, effort_text
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
 from cardiac_qc_plugin.transforms.regions import region_grid
-from cardiac_qc_plugin.workflows.evaluate import without_nan
-from cardiac_qc_plugin.workflows.files import check_output, read_json, write_file, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import (
+    check_output,
+    read_json,
+    without_nan,
+    write_file,
+    write_json,
+    write_rows,
+    write_text,
+)
 from cardiac_qc_plugin.workflows.measure import read_map
 from cardiac_qc_plugin.workflows.references import (
     Outcome,

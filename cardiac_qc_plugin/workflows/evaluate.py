@@ -38,7 +38,7 @@ from cardiac_qc_plugin.metrics.statistics import (
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
 from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
-from cardiac_qc_plugin.workflows.files import check_output, write_file, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import check_output, without_nan, write_file, write_json, write_rows, write_text
 from cardiac_qc_plugin.workflows.measure import (
     CRITERIA,
     STRUCTURES,
@@ -419,14 +419,3 @@ def _comparison_rows(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         spread |= {"after_mean": after["mean"], "after_sd": after["sd"]}
         rows.append({key: value for key, value in cell.items() if key not in ("before", "after")} | spread)
     return rows
-
-
-def without_nan(value: Any) -> Any:
-    """The same for JSON: None for nan, plain numbers for numpy's."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and np.isnan(value) else value

@@ -3,7 +3,6 @@
 import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -26,7 +25,9 @@ __all__ = [
     "case_folders",
     "file_sha256",
     "read_json",
+    "read_like",
     "read_volume",
+    "without_nan",
     "write_csv",
     "write_file",
     "write_json",
@@ -95,6 +96,18 @@ def read_volume(path: str | Path, frame: int | None = None) -> Volume:
     return Volume(data, spacing, image)
 
 
+def read_like(path: Path, other: Volume, name: str = "segmentation") -> np.ndarray:
+    """Voxels of another file of a case, (H, W, D).
+
+    Raises:
+        ValueError: as `read_volume`, or if it has not the shape of the other one, which messages call by this name.
+    """
+    array = read_volume(path).data
+    if array.shape != other.data.shape:
+        raise ValueError(f"{path}: shape {array.shape}, but the {name} has {other.data.shape}. Run this case again.")
+    return array
+
+
 class OutputError(OSError):
     """A result could not be written: the folder cannot be written to, or the disk is full."""
 
@@ -133,15 +146,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table as CSV; a column that a row lacks stays empty in it. Of an empty table there is no file."""
-    if not rows:
+    if rows:
+        write_csv(path, lambda: rows)
+    else:
         path.unlink(missing_ok=True)
-        return
-    stream = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
-    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, stream.getvalue())
 
 
 def write_csv(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]], last: str | None = None) -> None:
@@ -167,6 +175,17 @@ def write_csv(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]], last:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON; NaN is no JSON, so it has to be None by now."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same for JSON: None for nan, plain numbers for numpy's."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def read_json(path: Path) -> Any:

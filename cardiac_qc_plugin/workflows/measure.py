@@ -15,7 +15,7 @@ from cardiac_qc_plugin.metrics.detection import VolumeDetection
 from cardiac_qc_plugin.metrics.plausibility import Plausibility, plausibility
 from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_hausdorff
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
-from cardiac_qc_plugin.workflows.files import Volume, read_json, read_volume
+from cardiac_qc_plugin.workflows.files import Volume, read_json, read_like
 from cardiac_qc_plugin.workflows.operating_point import volume_detection
 from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_labels, read_reference
 
@@ -143,12 +143,14 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
 
 
 def read_map(path: Path, segmentation: Volume) -> np.ndarray:
-    values = read_volume(path).data
-    if values.shape != segmentation.data.shape or not np.isfinite(values).all():
-        raise ValueError(
-            f"{path}: shape {values.shape}, {np.count_nonzero(~np.isfinite(values))} voxels not finite; "
-            f"the segmentation has shape {segmentation.data.shape}. Run this case again."
-        )
+    """An uncertainty map, or the failure probability, of a segmentation.
+
+    Raises:
+        ValueError: as `read_like`, or if a voxel is not finite; the message names the file.
+    """
+    values = read_like(path, segmentation)
+    if bad := np.count_nonzero(~np.isfinite(values)):
+        raise ValueError(f"{path}: {bad} voxels are not finite. Run this case again.")
     return values
 
 

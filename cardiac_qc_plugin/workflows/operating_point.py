@@ -19,7 +19,7 @@ from cardiac_qc_plugin.metrics.detection import (
 )
 from cardiac_qc_plugin.transforms.regions import Box, crop_box, region_grid
 
-from .files import write_json
+from .files import without_nan, write_json
 
 __all__ = ["RegionAveragePrecision", "choose_operating_point", "volume_detection", "write_operating_point"]
 
@@ -116,8 +116,7 @@ def write_operating_point(
     volumes: Sequence[VolumeDetection], threshold: float, output: str | Path, **settings: float
 ) -> dict[str, float | None]:
     """Write what a threshold catches in volumes, as JSON, with the settings that it comes from; returns the figures."""
-    figures = dataclasses.asdict(operating_point(volumes, threshold))
-    finite = {key: None if isinstance(v, float) and np.isnan(v) else v for key, v in figures.items()}
-    record = {"threshold": threshold, **settings, "n_volumes": len(volumes), "validation": finite}
+    figures = without_nan(dataclasses.asdict(operating_point(volumes, threshold)))
+    record = {"threshold": threshold, **settings, "n_volumes": len(volumes), "validation": figures}
     write_json(Path(output), record)
-    return finite
+    return figures
