@@ -253,7 +253,7 @@ class Stub:
         name, _ = task
         qc = {**self.record, "case": name}
         write_json(self.output / name / "qc.json", qc)
-        return {"cases": [(case_row(qc), worklist_row(qc))], "failures": [], "hearts": []}
+        return {"cases": [(case_row(qc), worklist_row(qc))], "failures": [], "hearts": [], "skipped": []}
 
 
 def memory(root, rows):

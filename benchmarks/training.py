@@ -14,11 +14,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.bundle import DETECTOR, find_bundle
 from cardiac_qc_plugin.workflows.reproduction.step_time import training_step
 
 NAMES = {name: f"cardiac_{name}_segmentation" for name in ("dn", "drn", "unet")}
-NAMES["failure"] = "cardiac_segmentation_failure"
+NAMES["failure"] = DETECTOR
 PARTS = ("data", "forward", "backward", "optimizer")
 
 

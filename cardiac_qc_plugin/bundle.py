@@ -15,6 +15,7 @@ from .checkpoints import check_version, detector_file, load_weights
 from .data.predictions import MAP_FILES
 
 __all__ = [
+    "DETECTOR",
     "BundlePredictor",
     "SegmentWithBundled",
     "find_bundle",
@@ -26,6 +27,7 @@ __all__ = [
 
 BUNDLES = Path(__file__).parent.parent / "bundles"
 NETWORKS = ("drn", "dn", "unet")
+DETECTOR = "cardiac_segmentation_failure"
 
 
 def find_bundle(name: str, root: str | Path | None = None) -> Path:
@@ -261,7 +263,7 @@ def load_detector(
     model: str, map: str, device: str = "auto", root: str | Path | None = None, threshold: float | None = None
 ) -> BundlePredictor:
     """The failure bundle with the detector for a network and a map; arguments and errors as :func:`load_models`."""
-    folder = find_bundle("cardiac_segmentation_failure", root)
+    folder = find_bundle(DETECTOR, root)
     available = find_detectors(folder)
     if (model, map) not in available:
         raise ValueError(

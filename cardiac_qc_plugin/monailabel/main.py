@@ -16,12 +16,10 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.utils.others.generic import name_to_device
 
 from cardiac_qc_plugin import __version__
-from cardiac_qc_plugin.bundle import BUNDLES, find_detectors, root_cause
+from cardiac_qc_plugin.bundle import BUNDLES, DETECTOR, find_detectors, root_cause
 from cardiac_qc_plugin.monailabel.tasks import CardiacQC, FineTuning, MostSuspicious, QCScoring
 
 logger = logging.getLogger(__name__)
-
-FAILURE = "cardiac_segmentation_failure"
 
 
 def copy_bundles(target: Path) -> None:
@@ -83,7 +81,7 @@ class CardiacQCApp(MONAILabelApp):
         folders = [path.parents[1] for path in sorted(self.bundles.glob("*_segmentation/configs/inference.json"))]
         tasks = {folder.name: BundleInferTask(str(folder), self.conf) for folder in folders}
         tasks = {name: task for name, task in tasks.items() if task.valid}  # those with weights
-        detectors = find_detectors(self.bundles / FAILURE)
+        detectors = find_detectors(self.bundles / DETECTOR)
         pairs = [(network, map) for network, map in detectors if f"cardiac_{network}_segmentation" in tasks]
         if pairs:
             networks, maps = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))

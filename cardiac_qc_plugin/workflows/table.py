@@ -8,9 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES
-
-from .cine import PHASE, named_indices, table_row
+from .cine import PHASE, STRUCTURES, named_indices, table_row
 from .files import read_json, write_file
 from .references import Outcome, patient_and_phase
 
@@ -18,7 +16,6 @@ __all__ = ["case_row", "failed_case_row", "table", "with_heart", "write_table", 
 
 TABLE = "cases.parquet"
 ROW_GROUP = 1000  # rows in memory at once
-STRUCTURES = tuple(CLASS_NAMES.values())
 _ZERO = dict.fromkeys(STRUCTURES, 1.0)
 INDICES = tuple(named_indices(_ZERO, _ZERO, 1.0))
 

@@ -107,8 +107,8 @@ def test_worklist_puts_the_most_urgent_first(journal):
 
 
 def test_causes_are_counted():
-    failures = [(f"c{n}", f"/data/c{n}.nii.gz: voxel size {n} mm is not positive.", "failed") for n in range(7)]
-    lines = causes([*failures, ("x", "/data/x.nii: no such file.", "failed")])
+    failures = [(f"c{n}", f"/data/c{n}.nii.gz: voxel size {n} mm is not positive.") for n in range(7)]
+    lines = causes([*failures, ("x", "/data/x.nii: no such file.")])
     assert lines[0] == "  7 x voxel size N mm is not positive." and lines[6] == "    and 2 more, see the worklist"
     assert lines[7:] == ["  1 x no such file.", "    x: /data/x.nii: no such file."]
 

@@ -260,7 +260,7 @@ class Run:
 
     def failures(self) -> list[tuple[str, str]]:
         """Case and reason of what failed, as far as a page has room for it."""
-        return [failure[:2] for failure in islice(self.journal.failures(), REPORT_CASES)]
+        return list(islice(self.journal.failures(), REPORT_CASES))
 
     def report(self, folder: Path) -> None:
         """The page, of the most urgent cases."""
@@ -279,11 +279,11 @@ class Run:
         write_report(folder, cases, self.failures(), found, skipped)
 
 
-def causes(failures: Iterable[tuple[str, str, str]]) -> list[str]:
+def causes(failures: Iterable[tuple[str, str]]) -> list[str]:
     """Failures by cause, the most frequent first, with the cases of each; many are counted."""
     groups: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
-    for case, message, _ in failures:
+    for case, message in failures:
         cause = re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^\S*[/\\]\S*:\s|\(.*\)", "", message)).strip()
         counts[cause] = counts.get(cause, 0) + 1
         if len(groups.setdefault(cause, [])) < 5:

@@ -42,11 +42,8 @@ class Journal:
         """Close the file."""
         self.db.close()
 
-    def add_files(self, files: Iterable[InputFile]) -> int:
+    def add_files(self, files: Iterable[InputFile]) -> None:
         """Take in what there is to process; names are those of :func:`~cardiac_qc_plugin.data.inputs.find_scans`.
-
-        Returns:
-            The number of files.
 
         Raises:
             ValueError: if two files would give the same case.
@@ -60,7 +57,6 @@ class Journal:
         self.db.execute(f"UPDATE files SET name = other_name WHERE name IN ({DOUBLED})")
         if doubled := self.db.execute(f"{DOUBLED} LIMIT 1").fetchone():
             raise ValueError(f"Several files would give the case '{doubled[0]}'. Rename them.")
-        return self.count("files")
 
     def count(self, table: str, where: str = "1") -> int:
         """Rows of a table."""
@@ -128,9 +124,9 @@ class Journal:
             chosen = {"urgency": round(urgency, 4)} if status == "done" else {}
             yield {"rank": rank, **json.loads(row), **chosen}
 
-    def failures(self) -> Iterator[tuple[str, str, str]]:
-        """Case, message and status of what failed."""
-        found = "SELECT name, message, status FROM cases WHERE status != 'done' ORDER BY file, number"
+    def failures(self) -> Iterator[tuple[str, str]]:
+        """Case and message of what failed."""
+        found = "SELECT name, message FROM cases WHERE status != 'done' ORDER BY file, number"
         return iter(self.db.execute(found))
 
     def most_urgent(self, limit: int) -> list[tuple[str, str | None, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from cardiac_qc_plugin.bundle import find_bundle
+from cardiac_qc_plugin.bundle import DETECTOR, find_bundle
 from cardiac_qc_plugin.data.folds import hold_out
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES, SEGMENTATION_FILE
@@ -38,7 +38,6 @@ __all__ = ["ABLATIONS", "LOSSES", "Grid", "Settings"]
 LOSSES = {"drn": ("ce", "soft_dice"), "unet": ("ce", "soft_dice"), "dn": ("brier", "soft_dice")}  # section V-A
 TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
 ABLATIONS = ("samples", "region_size", "labels", "see_segmentation", "detector_maps", "ensemble", "snapshots")
-DETECTOR = "cardiac_segmentation_failure"
 NEVER = 1_000_000  # epochs
 ALL = -1  # in the place of a fold: nothing is left out
 MEMBERS = ("ensemble", "snapshots")  # where an uncertainty map comes from members, not from dropout
