@@ -48,6 +48,29 @@ def acdc_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def acdc_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms in ACDC's layout with a two-fold datalist, and predictions with errors beside them."""
+    import numpy as np
+
+    from cardiac_qc_plugin.data.acdc import acdc_datalist
+    from cardiac_qc_plugin.data.phantom import write_acdc_like
+    from cardiac_qc_plugin.workflows.files import read_volume, write_json, write_like
+
+    root = tmp_path_factory.mktemp("acdc")
+    write_acdc_like(root / "data", 10, shape=(48, 56), n_slices=2)
+    datalist = acdc_datalist(root / "data", folds=2)
+    write_json(root / "folds.json", datalist)
+    for item in datalist["training"]:
+        label = read_volume(root / "data" / item["label"])
+        folder = root / "predictions" / Path(item["image"]).name.removesuffix(".nii.gz")
+        shifted = np.roll(label.data.astype(np.uint8), 5, axis=0)
+        write_like(folder / "segmentation.nii.gz", shifted, label)
+        for name in ("bayesian", "entropy"):
+            write_like(folder / f"{name}.nii.gz", (shifted != label.data).astype(np.float32), label)
+    return root
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable:
     """The command line, as ``command("run", ..., cwd=folder)``; gives exit code and output, as a process would.

@@ -22,12 +22,10 @@ from monai.data import MetaTensor
 
 from cardiac_qc_plugin.bundle import NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
-from cardiac_qc_plugin.data.acdc import acdc_datalist
-from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.workflows.calibrate import read_calibration
-from cardiac_qc_plugin.workflows.files import file_sha256, read_volume, write_json, write_like
+from cardiac_qc_plugin.workflows.files import file_sha256, read_volume, write_like
 
 ROOT = Path(__file__).parent.parent
 SEGMENTATION = [f"cardiac_{name}_segmentation" for name in ("dn", "drn", "unet")]
@@ -36,23 +34,6 @@ BUNDLES = [*SEGMENTATION, "cardiac_segmentation_failure"]
 
 def config(bundle, name):
     return json.loads((ROOT / "bundles" / bundle / "configs" / f"{name}.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def acdc_like(tmp_path_factory):
-    """Phantoms in ACDC's layout with a two-fold datalist, and predictions with errors beside them."""
-    root = tmp_path_factory.mktemp("acdc")
-    write_acdc_like(root / "data", 10, shape=(48, 56), n_slices=2)
-    datalist = acdc_datalist(root / "data", folds=2)
-    write_json(root / "folds.json", datalist)
-    for item in datalist["training"]:
-        label = read_volume(root / "data" / item["label"])
-        folder = root / "predictions" / Path(item["image"]).name.removesuffix(".nii.gz")
-        shifted = np.roll(label.data.astype(np.uint8), 5, axis=0)
-        write_like(folder / "segmentation.nii.gz", shifted, label)
-        for name in ("bayesian", "entropy"):
-            write_like(folder / f"{name}.nii.gz", (shifted != label.data).astype(np.float32), label)
-    return root
 
 
 def train(bundle, acdc_like, ckpt_dir, *overlays, interrupt=None, **overrides):

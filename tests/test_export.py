@@ -15,10 +15,8 @@ import pytest
 from monai.bundle import ConfigParser, download_large_files, run
 
 from cardiac_qc_plugin.checkpoints import load_weights, save_weights
-from cardiac_qc_plugin.data.acdc import acdc_datalist
-from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.workflows.export import export, vendor
-from cardiac_qc_plugin.workflows.files import read_volume, write_json, write_like
+from cardiac_qc_plugin.workflows.files import write_json
 
 ROOT = Path(__file__).parent.parent
 BUNDLES = ROOT / "bundles"
@@ -75,23 +73,6 @@ assert not any(name.startswith("cardiac_qc_plugin") for name in sys.modules)
 """
 
 
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    """Phantoms in ACDC's layout with a two-fold datalist, and predictions with errors beside them."""
-    root = tmp_path_factory.mktemp("acdc")
-    write_acdc_like(root / "data", 10, shape=(48, 56), n_slices=2)
-    datalist = acdc_datalist(root / "data", folds=2)
-    write_json(root / "folds.json", datalist)
-    for item in datalist["training"]:
-        label = read_volume(root / "data" / item["label"])
-        folder = root / "predictions" / Path(item["image"]).name.removesuffix(".nii.gz")
-        shifted = np.roll(label.data.astype(np.uint8), 5, axis=0)
-        write_like(folder / "segmentation.nii.gz", shifted, label)
-        for name in ("bayesian", "entropy"):
-            write_like(folder / f"{name}.nii.gz", (shifted != label.data).astype(np.float32), label)
-    return root
-
-
 def new_network(bundle):
     """A bundle's network with random weights."""
     config = ConfigParser()
@@ -142,9 +123,9 @@ def without_plugin(tmp_path, *command, cwd=None, path=()):
     return result.stdout
 
 
-def inference_settings(bundle, scans):
-    settings = {"dataset_dir": str(scans / "data" / "patient001")}
-    return settings | ({"predictions_dir": str(scans / "predictions")} if bundle == FAILURE else {"samples": 2})
+def inference_settings(bundle, acdc_like):
+    settings = {"dataset_dir": str(acdc_like / "data" / "patient001")}
+    return settings | ({"predictions_dir": str(acdc_like / "predictions")} if bundle == FAILURE else {"samples": 2})
 
 
 def assert_same_volumes(found, expected):
@@ -166,12 +147,12 @@ def test_the_plugin_is_really_absent(tmp_path):
 
 
 @pytest.mark.parametrize("bundle", NETWORKS)
-def test_exported_bundle_stands_alone(bundle, exported, scans, tmp_path):
+def test_exported_bundle_stands_alone(bundle, exported, acdc_like, tmp_path):
     """Network, TorchScript, properties, inference with the results of the repository's bundle, training."""
-    inference = {**inference_settings(bundle, scans), "output_dir": str(tmp_path / "alone")}
+    inference = {**inference_settings(bundle, acdc_like), "output_dir": str(tmp_path / "alone")}
     training = {
-        "dataset_dir": str(scans / "data"),
-        "data_list_file_path": str(scans / "folds.json"),
+        "dataset_dir": str(acdc_like / "data"),
+        "data_list_file_path": str(acdc_like / "folds.json"),
         "ckpt_dir": str(tmp_path / "trained"),
         "iterations": 1,
         "epoch_length": 1,
@@ -179,7 +160,7 @@ def test_exported_bundle_stands_alone(bundle, exported, scans, tmp_path):
         "patch_size": 32 if bundle != FAILURE else 40,
     }
     if bundle == FAILURE:
-        training |= {"predictions_dir": str(scans / "predictions"), "min_size": 40}
+        training |= {"predictions_dir": str(acdc_like / "predictions"), "min_size": 40}
     arguments = (exported[bundle], tmp_path, json.dumps(inference), json.dumps(training))
     without_plugin(tmp_path, "-c", ZOO_CHECKS, *arguments, path=[exported[bundle]])
     assert (tmp_path / "model.ts").is_file()
@@ -190,16 +171,16 @@ def test_exported_bundle_stands_alone(bundle, exported, scans, tmp_path):
         config_file=str(BUNDLES / bundle / "configs" / "inference.json"),
         bundle_root=str(BUNDLES / bundle),
         ckpt_path=str(exported[bundle] / "models" / "model.pt"),
-        **inference_settings(bundle, scans),
+        **inference_settings(bundle, acdc_like),
         output_dir=str(tmp_path / "repository"),
     )
     assert_same_volumes(tmp_path / "alone", tmp_path / "repository")
 
 
-def test_command_line_in_the_exported_folder(exported, scans, tmp_path):
+def test_command_line_in_the_exported_folder(exported, acdc_like, tmp_path):
     """As the zoo's READMEs have it: from the bundle's folder, no paths set."""
     command = ["-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--samples", 2]
-    command += ["--dataset_dir", scans / "data" / "patient001", "--output_dir", tmp_path / "out"]
+    command += ["--dataset_dir", acdc_like / "data" / "patient001", "--output_dir", tmp_path / "out"]
     without_plugin(tmp_path, *command, cwd=exported[DN])
     assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 6
 

@@ -258,9 +258,7 @@ def check_bundle(folder, metrics):
     own = json.loads((ROOT / "bundles" / DN / "configs" / "metadata.json").read_text())["version"]
     new = f"{own[: own.rindex('.')]}.{int(own.split('.')[2]) + 1}"
     assert list(metadata["changelog"])[0] == metadata["version"] == new
-    schema = ROOT.parent / "shared" / "schema" / "meta_schema_20240725.json"
-    if schema.is_file():
-        jsonschema.validate(metadata, json.loads(schema.read_text()))
+    jsonschema.validate(metadata, json.loads((ROOT / "tests" / "meta_schema_20240725.json").read_text()))
     files = {"meta_file": "metadata.json", "config_file": "inference.json"}
     files = {key: str(folder / "configs" / name) for key, name in files.items()}
     verify_net_in_out(net_id="network_def", **files, device="cpu", n=4, bundle_root=str(folder))

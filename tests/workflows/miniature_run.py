@@ -4,6 +4,7 @@ import json
 
 import nibabel as nib
 import numpy as np
+from scipy.spatial.distance import directed_hausdorff
 
 SHAPE, SPACING = (96, 96, 4), (1.5, 1.5, 8.0)
 REGION = 8
@@ -48,6 +49,12 @@ def save(path, array, spacing=SPACING):
 
 def load(path):
     return np.asanyarray(nib.load(path).dataobj)
+
+
+def hausdorff(first, second):
+    """Distance in mm of two masks."""
+    a, b = (np.argwhere(mask) * SPACING for mask in (first, second))
+    return max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
 
 
 def cells_inside(box):

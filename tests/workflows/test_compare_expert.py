@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +13,6 @@ from scipy import stats
 from cardiac_qc_plugin.workflows.compare_expert import compare_expert
 from cardiac_qc_plugin.workflows.correct import correct
 
-ROOT = Path(__file__).parents[2]
 EDITED = ("patient001_frame01", "patient001_frame05", "patient002_frame01", "patient003_frame01")
 
 

@@ -7,8 +7,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from miniature_run import SHAPE, SPACING, heart, load, save, write_patients
-from scipy.spatial.distance import directed_hausdorff
+from miniature_run import SHAPE, SPACING, hausdorff, heart, load, save, write_patients
 
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
@@ -95,11 +94,6 @@ def test_rules_with_a_failure_criterion(run, rule, criterion, expected):
         np.testing.assert_array_equal(corrected, np.where(replaced, reference, prediction))
         record = json.loads((root / "out" / case / "correction.json").read_text())
         assert (record["rule"], record["criterion"]) == (rule, expected)
-
-
-def hausdorff(first, second):
-    a, b = (np.argwhere(mask) * SPACING for mask in (first, second))
-    return max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
 
 
 def test_upper_bound_never_raises_the_hausdorff_distance_here(run):

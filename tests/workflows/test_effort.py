@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.transforms.regions import region_grid
 from cardiac_qc_plugin.workflows.effort import effort
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

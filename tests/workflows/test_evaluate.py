@@ -11,6 +11,7 @@ from miniature_run import (
     SHAPE,
     SPACING,
     cells_inside,
+    hausdorff,
     heart,
     load,
     save,
@@ -19,7 +20,6 @@ from miniature_run import (
     write_patients,
 )
 from scipy import stats
-from scipy.spatial.distance import directed_hausdorff
 from sklearn.metrics import average_precision_score
 
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
@@ -61,11 +61,6 @@ def summary(root):
 
 def dice(prediction, reference):
     return 2 * (prediction & reference).sum() / (prediction.sum() + reference.sum())
-
-
-def hausdorff(prediction, reference):
-    a, b = (np.argwhere(mask) * SPACING for mask in (prediction, reference))
-    return max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
 
 
 def cells_of(cases, measure, frame):
