@@ -692,24 +692,9 @@ def main() -> None:
     # MONAI looks for a GPU decoder of DICOM files whenever a reader is made, and tells that there is none
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
-    commands = {
-        "demo": demo,
-        "run": run,
-        "segment": segment,
-        "datalist": datalist,
-        "correct": correct,
-        "evaluate": evaluate,
-        "export": export,
-        "auto3dseg": auto3dseg,
-        "fold_to_bundle": fold_to_bundle,
-        "reproduce": reproduce,
-        "dicom_seg": dicom_seg,
-        "effort": effort,
-        "calibrate": calibrate,
-        "compare_expert": compare_expert,
-        "table": table,
-        "review": review,
-    }
+    listed = [demo, run, segment, datalist, correct, evaluate, export, auto3dseg, fold_to_bundle, reproduce, dicom_seg]
+    listed += [effort, calibrate, compare_expert, table, review]
+    commands = {command.__name__: command for command in listed}
     fire.decorators.FIRE_METADATA = "_parsers"  # a name that no help lists
     for command in commands.values():
         parsers = {p.name: _parser(p.name, p.annotation) for p in inspect.signature(command).parameters.values()}

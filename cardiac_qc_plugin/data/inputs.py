@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import nibabel as nib
 
 from .predictions import CORRECTION_FILE, case_name
 
-__all__ = ["InputFile", "Scan", "find_scans", "input_files", "phases"]
+__all__ = ["PHASE", "InputFile", "Scan", "find_scans", "input_files", "phase_names", "phases"]
 
 SUFFIXES = (".nii", ".nii.gz")
 RECORDS = ("qc.json", CORRECTION_FILE, "dicom.json")  # left by a stage in a case's folder
+PHASE = re.compile(r"(.+)/phase(\d+)")
 BLOCK = 1 << 14  # characters of a datalist at once
 
 
@@ -285,5 +287,10 @@ def phases(name: str, file: Path) -> list[Scan]:
         shape = ()
     if len(shape) != 4:
         return [Scan(name, file)]
-    width = max(2, len(str(shape[3] - 1)))
-    return [Scan(f"{name}/phase{frame:0{width}d}", file, frame) for frame in range(shape[3])]
+    return [Scan(case, file, frame) for frame, case in enumerate(phase_names(name, shape[3]))]
+
+
+def phase_names(name: str, count: int) -> list[str]:
+    """Cases of the phases of a cine, which `PHASE` takes apart."""
+    width = max(2, len(str(count - 1)))
+    return [f"{name}/phase{index:0{width}d}" for index in range(count)]

@@ -1,6 +1,5 @@
 """From the segmented phases of a cine to what a report says of the heart: volumes over time, EF, mass."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cardiac_qc_plugin.data.acdc import read_info
+from cardiac_qc_plugin.data.inputs import PHASE
 from cardiac_qc_plugin.metrics.clinical import (
     body_surface_area,
     find_ed_es,
@@ -35,7 +35,6 @@ __all__ = [
     "write_indices",
 ]
 
-PHASE = re.compile(r"(.+)/phase(\d+)")
 UNITS = {"edv": "ml", "esv": "ml", "sv": "ml", "ef": "percent", "mass": "g"}
 STRUCTURES = tuple(CLASS_NAMES.values())
 Given = tuple[int | None, int | None]

@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 
 from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
-from cardiac_qc_plugin.data.inputs import Scan, check_list_options, find_scans
+from cardiac_qc_plugin.data.inputs import Scan, check_list_options, find_scans, phase_names
 
 from .files import OutputError, check_folder, read_json, write_file, write_json, write_rows
 
@@ -131,8 +131,7 @@ def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
     """
     record, count = output / name / "dicom.json", len(stack.phases)
     _claim(record, stack)
-    width = max(2, len(str(count - 1)))
-    cases = [name] if count == 1 else [f"{name}/phase{index:0{width}d}" for index in range(count)]
+    cases = [name] if count == 1 else phase_names(name, count)
     images = [output / case / "image.nii.gz" for case in cases]
     digest = stack_digest(stack)
     done = record.is_file() and read_json(record).get("digest") == digest and all(path.is_file() for path in images)

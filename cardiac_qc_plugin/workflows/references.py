@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cardiac_qc_plugin.data.acdc import read_info
+from cardiac_qc_plugin.data.inputs import PHASE
 from cardiac_qc_plugin.data.predictions import files_below
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
 from cardiac_qc_plugin.transforms.spatial import says_how_it_lies
@@ -227,7 +228,7 @@ def patient_and_phase(case: str, reference: Path) -> tuple[str, str]:
     """
     if match := re.fullmatch(r"(.+)_(ed|es)", case, re.IGNORECASE):
         return match[1], match[2].upper()
-    if match := re.fullmatch(r"(.+)/phase\d+", case):
+    if match := PHASE.fullmatch(case):
         return match[1], "unknown"
     match = re.fullmatch(r"(.+)_frame(\d+)", case)
     if not match:

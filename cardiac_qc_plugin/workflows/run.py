@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.bundle import BundlePredictor, load_detector, load_models
-from cardiac_qc_plugin.data.inputs import Scan
+from cardiac_qc_plugin.data.inputs import PHASE, Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, REGIONS_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
 from cardiac_qc_plugin.metrics.plausibility import plausibility
@@ -23,7 +23,7 @@ from cardiac_qc_plugin.reports import PAGE, write_case, write_report
 from cardiac_qc_plugin.transforms.spatial import spacing_of
 
 from .calibrate import promised_threshold
-from .cine import PHASE, Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
+from .cine import Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
 from .files import (
     MASKS,
     OutputError,

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .cine import PHASE, STRUCTURES, named_indices, table_row
+from cardiac_qc_plugin.data.inputs import PHASE
+
+from .cine import STRUCTURES, named_indices, table_row
 from .files import read_json, write_file
 from .references import Outcome, patient_and_phase
 
