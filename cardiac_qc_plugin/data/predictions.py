@@ -1,4 +1,4 @@
-"""Datalist items: the scans of a folder, and the files that a segmentation left behind."""
+"""The files that a run leaves in a case's folder, by name; and datalist items of them, and of the scans of a folder."""
 
 import json
 import os

@@ -197,7 +197,7 @@ def test_cases_have_no_other_names_than_those_of_the_list(page, tmp_path, name):
         "/%2e%2e/setup.cfg",
     ],
 )
-def test_files_outside_the_page_are_not_served(page, serve, path):
+def test_files_outside_the_page_are_not_served(page, path):
     answer = page.client.get(path)
     assert answer.status_code in (404, 405) and "Guard" not in answer.text and "root:" not in answer.text
 
