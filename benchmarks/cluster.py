@@ -6,7 +6,7 @@
 
 The networks are the dilated CNN and the detector with random weights, and the scans phantoms of 48 x 56 pixels and
 three slices: what is measured is the engine, not the networks. `memory` uses a stub that does no inference at all: it
-writes the record of one real case for every row of a manifest. All nodes are processes of the machine that runs this.
+copies one real case for every row of a manifest. All nodes are processes of the machine that runs this.
 """
 
 import argparse
@@ -235,15 +235,16 @@ def timed_run(source, output, make, cluster, run_class):
 
 
 class Stub:
-    """Writes the record of one real case, under each case's name; no inference.
+    """Copies the files of one real case, under each case's name; no inference.
 
     Args:
         output: where results go.
-        record: the ``qc.json`` of a real case, without flagged regions.
+        folder: of the real case.
+        record: its ``qc.json``, without flagged regions.
     """
 
-    def __init__(self, output, record):
-        self.output, self.record = output, record
+    def __init__(self, output, folder, record):
+        self.output, self.folder, self.record = output, folder, record
 
     def __call__(self, task):
         from cardiac_qc_plugin.workflows.files import write_json
@@ -252,6 +253,7 @@ class Stub:
 
         name, _ = task
         qc = {**self.record, "case": name}
+        shutil.copytree(self.folder, self.output / name)
         write_json(self.output / name / "qc.json", qc)
         return {"cases": [(case_row(qc), worklist_row(qc))], "failures": [], "hearts": [], "skipped": []}
 
@@ -286,7 +288,7 @@ def driver(root, rows):
     write_manifest(manifest, (f"case{number:06d}.nii.gz" for number in range(rows)))
     start = time.perf_counter()
     record = json.loads((root / "record.json").read_text())
-    run_cohort(manifest, output, partial(Stub, output, record), Cluster(workers=2))
+    run_cohort(manifest, output, partial(Stub, output, root / "one" / record["case"], record), Cluster(workers=2))
     status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's
     peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
     seconds = time.perf_counter() - start
