@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ class InputFile:
         """Name of the case: the given one, or the file's."""
         return self.case or case_name(self.path)
 
+    @property
+    def name_with_folder(self) -> str:
+        """The given name, or the file's with its folder's, where other folders have the same."""
+        return self.case or f"{self.path.parent.name}_{self.name}"
+
+    @property
+    def heart(self) -> str:
+        """Name without the phase: the later stages make one heart of all cases that have it, wherever they lay."""
+        return re.sub(r"_(ed|es|frame\d+)$", "", self.name, flags=re.IGNORECASE)
+
 
 def find_scans(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> list[Scan]:
     """Scans behind a path, in order.
@@ -64,12 +75,11 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
     """
     files = list(input_files(path, root, fold))
     counts = Counter(file.name for file in files)
+    folders = Counter(heart for heart, _ in {(file.heart, file.path.parent) for file in files})
     scans = []
     for file in files:
-        name = file.name
-        if counts[name] > 1 and file.case is None:  # the same name in several folders
-            name = f"{file.path.parent.name}_{name}"
-        scans += phases(name, file.path.resolve())
+        alone = counts[file.name] == folders[file.heart] == 1
+        scans += phases(file.name if alone else file.name_with_folder, file.path.resolve())
     doubled = [case for case, count in Counter(scan.case for scan in scans).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")
