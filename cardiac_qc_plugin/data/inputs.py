@@ -14,11 +14,15 @@ import nibabel as nib
 
 from .predictions import case_name
 
-__all__ = ["InputFile", "Scan", "find_scans", "input_files", "phases"]
+__all__ = ["InputFile", "NoScans", "Scan", "find_scans", "input_files", "phases"]
 
 SUFFIXES = (".nii", ".nii.gz")
 RECORDS = ("qc.json", "correction.json", "dicom.json")  # left by a stage in a case's folder
 BLOCK = 1 << 14  # characters of a datalist at once
+
+
+class NoScans(ValueError):
+    """There is no scan in a folder or list."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
         path, root, fold: see :func:`input_files`.
 
     Raises:
-        ValueError: if nothing is there, no file in it is a scan, or no file of a list is there.
+        NoScans: if no file in it is a scan.
+        ValueError: if nothing is there, or no file of a list is there.
     """
     files = list(input_files(path, root, fold))
     counts = Counter(file.name for file in files)
@@ -103,6 +108,7 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         fold: take the items with this ``fold`` of a datalist or manifest only.
 
     Raises:
+        NoScans: if there is no such file in a folder, or no item in a list.
         ValueError: if nothing is there, a list cannot be read, or `root` or `fold` is given for what is no list; the
             message names the file.
     """
@@ -125,7 +131,7 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         empty = False
         yield file
     if empty:
-        raise ValueError(f"{path}: {nothing}")
+        raise NoScans(f"{path}: {nothing}")
 
 
 def check_list_options(path: Path, root: str | Path | None, fold: int | None) -> None:

@@ -96,6 +96,17 @@ def test_phases_that_are_gone_leave_no_folder(tmp_path):
     assert len(list((tmp_path / "out").glob("*/phase*"))) == len(scans) == PHASES - 1
 
 
+def test_other_errors_than_no_nifti_files_are_told(tmp_path):
+    """Also of a folder whose name reads like the message of one without."""
+    folder = tmp_path / "no NIfTI file"
+    write(folder / "dicom", cine())
+    for name in ("a/same/x.nii.gz", "b/same/x.nii.gz"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    with pytest.raises(ValueError, match="several files would give the case 'same_x'"):
+        gather_scans(folder, tmp_path / "out")
+
+
 def test_beside_nifti_files(tmp_path):
     write(tmp_path / "in" / "dicom", cine())
     phantom = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
