@@ -147,14 +147,19 @@ def check_list_options(path: Path, root: str | Path | None, fold: int | None) ->
 def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
     """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote.
 
-    Links are followed; a folder that was `seen` is not searched again.
+    Links are followed; a folder that was `seen` is not searched again. One that may not be read stands for itself: its
+    case fails with the reason, and the others go on.
     """
     seen = set() if seen is None else seen
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
-    with os.scandir(folder) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except OSError:
+        yield folder
+        return
     names = [entry.name for entry in entries]
     if any(record in names for record in RECORDS):
         return
