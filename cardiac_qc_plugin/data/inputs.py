@@ -178,12 +178,14 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
     """Files of a datalist or manifest, or those of one fold."""
     kind, read = READERS[path.suffix]
     try:
-        for item in read(path):
+        for number, item in enumerate(read(path), start=1):
             if isinstance(item, str):
                 if not item.lower().endswith(SUFFIXES):  # names of classes, say
                     continue
                 item = {"image": item}
             if fold is None or is_number(item.get("fold"), fold):
+                if item["image"] in ("", None):  # joined to the root it would be the whole folder
+                    raise ValueError(f"item {number} names no image: give its file, or remove it")
                 yield InputFile(root / item["image"], given_case(item.get("case")))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not {kind} ({error!r}).") from error

@@ -103,6 +103,18 @@ def test_manifests_with_numbers(tmp_path):
     assert [scan.case for scan in find_scans(tmp_path / "list.parquet", fold=1)] == ["101"]
 
 
+@pytest.mark.parametrize("rows", ["a.nii.gz,x\n,y\n", "a.nii.gz,x\n\n\n,\n"])
+def test_a_row_without_an_image_is_named(tmp_path, rows):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "list.csv").write_text(f"image,case\n{rows}")
+    with pytest.raises(ValueError, match="list.csv: not a manifest.*item 2 names no image: give its file"):
+        list(input_files(tmp_path / "list.csv"))
+    (tmp_path / "list.json").write_text('{"a": [{"image": "a.nii.gz", "fold": 0}, {"image": null, "fold": 1}]}')
+    with pytest.raises(ValueError, match="list.json: not a MONAI datalist.*item 2 names no image"):
+        list(input_files(tmp_path / "list.json"))
+    assert [file.name for file in input_files(tmp_path / "list.json", fold=0)] == ["a"]
+
+
 @pytest.mark.parametrize("case", ["../evil", "/tmp/evil", "."])
 def test_a_case_outside_the_output_is_refused(tmp_path, case):
     (tmp_path / "list.csv").write_text(f"image,case\na.nii.gz,{case}\n")
