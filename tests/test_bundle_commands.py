@@ -165,6 +165,22 @@ def test_inference_runs_from_everywhere(place, data, tmp_path):
     assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 6
 
 
+@pytest.mark.parametrize("bundle", [DRN, FAILURE])
+def test_results_of_a_single_slice_lie_on_its_grid(bundle, data, tmp_path):
+    affine = np.diag([-2.5, -2.5, 10.0, 1.0])
+    image = nib.load(data / "acdc" / "patient001" / "patient001_frame01.nii.gz").get_fdata()[..., 1:]
+    (tmp_path / "scans").mkdir()
+    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), tmp_path / "scans" / "slice.nii.gz")
+    run = workflow(bundle, "infer", dataset_dir=str(tmp_path / "scans"), output_dir=str(tmp_path / "out"), samples=2)
+    run.initialize()
+    run.run()
+    results = [nib.load(path) for path in (tmp_path / "out").rglob("*.nii.gz")]
+    assert [result.shape for result in results] == 3 * [(48, 56, 1)]
+    for result in results:
+        np.testing.assert_array_equal(result.affine, affine)
+        assert result.header.get_zooms() == (2.5, 2.5, 10.0)
+
+
 def test_tracking_by_mlflow(data, tmp_path):
     pytest.importorskip("mlflow", reason="pip install mlflow")
     finished = command(

@@ -122,6 +122,20 @@ def test_slices_are_seen_from_the_apex(axes, turned):
     assert mirrored_axes(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), None)) == [False, False]  # the header does not say
 
 
+@pytest.mark.parametrize(
+    ("degrees", "turned"), [(0, False), (60, False), (90, False), (-90, False), (150, True), (180, True)]
+)
+def test_stacks_a_quarter_turn_from_the_usual_view_stay_as_stored(degrees, turned):
+    """A patient of Sunnybrook's, whose rows run to the left, and the same stored turned round in the plane."""
+    right, down = np.array([-0.77, -0.62, 0.16]), np.array([0.15, -0.41, -0.90])
+    angle = np.deg2rad(degrees)
+    affine = np.eye(4)
+    affine[:3, 0] = np.cos(angle) * right + np.sin(angle) * down
+    affine[:3, 1] = np.cos(angle) * down - np.sin(angle) * right
+    affine[:3, 2] = [0.62, -0.67, 0.41]
+    assert mirrored_axes(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), affine)) == [turned, turned]
+
+
 def test_contours_lie_at_the_border_of_each_class(tmp_path):
     labels = np.zeros(SHAPE, np.uint8)
     labels[16:40, 24:64], labels[40:88, 16:72], labels[52:76, 32:56] = 1, 2, 3

@@ -14,12 +14,16 @@ import nibabel as nib
 
 from .predictions import CORRECTION_FILE, case_name
 
-__all__ = ["PHASE", "InputFile", "Scan", "find_scans", "input_files", "phase_names", "phases"]
+__all__ = ["PHASE", "InputFile", "NoScans", "Scan", "find_scans", "input_files", "phase_names", "phases"]
 
 SUFFIXES = (".nii", ".nii.gz")
 RECORDS = ("qc.json", CORRECTION_FILE, "dicom.json")  # left by a stage in a case's folder
 PHASE = re.compile(r"(.+)/phase(\d+)")
 BLOCK = 1 << 14  # characters of a datalist at once
+
+
+class NoScans(ValueError):
+    """There is no scan in a folder or list."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class InputFile:
         """Name of the case: the given one, or the file's."""
         return self.case or case_name(self.path)
 
+    @property
+    def name_with_folder(self) -> str:
+        """The given name, or the file's with its folder's, where other folders have the same."""
+        return self.case or f"{self.path.parent.name}_{self.name}"
+
+    @property
+    def heart(self) -> str:
+        """Name without the phase: the later stages make one heart of all cases that have it, wherever they lay."""
+        return re.sub(r"_(ed|es|frame\d+)$", "", self.name, flags=re.IGNORECASE)
+
 
 def find_scans(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> list[Scan]:
     """Scans behind a path, in order.
@@ -62,16 +76,16 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
         path, root, fold: see :func:`input_files`.
 
     Raises:
-        ValueError: if nothing is there, no file in it is a scan, or no file of a list is there.
+        NoScans: if no file in it is a scan.
+        ValueError: if nothing is there, or no file of a list is there.
     """
     files = list(input_files(path, root, fold))
     counts = Counter(file.name for file in files)
+    folders = Counter(heart for heart, _ in {(file.heart, file.path.parent) for file in files})
     scans = []
     for file in files:
-        name = file.name
-        if counts[name] > 1 and file.case is None:  # the same name in several folders
-            name = f"{file.path.parent.name}_{name}"
-        scans += phases(name, file.path.resolve())
+        alone = counts[file.name] == folders[file.heart] == 1
+        scans += phases(file.name if alone else file.name_with_folder, file.path.resolve())
     doubled = [case for case, count in Counter(scan.case for scan in scans).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")
@@ -95,6 +109,7 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         fold: take the items with this ``fold`` of a datalist or manifest only.
 
     Raises:
+        NoScans: if there is no such file in a folder, or no item in a list.
         ValueError: if nothing is there, a list cannot be read, or `root` or `fold` is given for what is no list; the
             message names the file.
     """
@@ -117,7 +132,7 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
         empty = False
         yield file
     if empty:
-        raise ValueError(f"{path}: {nothing}")
+        raise NoScans(f"{path}: {nothing}")
 
 
 def check_list_options(path: Path, root: str | Path | None, fold: int | None) -> None:
@@ -133,14 +148,19 @@ def check_list_options(path: Path, root: str | Path | None, fold: int | None) ->
 def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
     """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote.
 
-    Links are followed; a folder that was `seen` is not searched again.
+    Links are followed; a folder that was `seen` is not searched again. One that may not be read stands for itself: its
+    case fails with the reason, and the others go on.
     """
     seen = set() if seen is None else seen
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
-    with os.scandir(folder) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except OSError:
+        yield folder
+        return
     names = [entry.name for entry in entries]
     if any(record in names for record in RECORDS):
         return
@@ -159,12 +179,14 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
     """Files of a datalist or manifest, or those of one fold."""
     kind, read = READERS[path.suffix]
     try:
-        for item in read(path):
+        for number, item in enumerate(read(path), start=1):
             if isinstance(item, str):
                 if not item.lower().endswith(SUFFIXES):  # names of classes, say
                     continue
                 item = {"image": item}
             if fold is None or is_number(item.get("fold"), fold):
+                if item["image"] in ("", None):  # joined to the root it would be the whole folder
+                    raise ValueError(f"item {number} names no image: give its file, or remove it")
                 yield InputFile(root / item["image"], given_case(item.get("case")))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not {kind} ({error!r}).") from error

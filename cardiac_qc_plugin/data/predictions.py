@@ -57,7 +57,8 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
         output: where results go; files in it are none, if it is a folder below.
 
     Raises:
-        ValueError: if there is no scan, or if two have one name, by which the results of one would replace the other's.
+        ValueError: if there is no scan; if two have one name, by which the results of one would replace the other's; or
+            if results would go to the scans' own folder, where the next run would take them for scans.
 
     Example::
 
@@ -66,6 +67,11 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
         ValueError: nowhere: no scan (.nii, .nii.gz) in this folder or below. Check --dataset_dir.
     """
     root, own = Path(folder), Path(output).resolve()
+    if own == root.resolve():
+        raise ValueError(
+            f"{folder}: results in the scans' own folder would be taken for scans by the next run. Give another "
+            "--output_dir; it may be a folder in this one."
+        )
     paths = [
         path
         for path in files_below(root)

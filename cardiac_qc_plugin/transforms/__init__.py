@@ -15,7 +15,7 @@ from .regions import (
     region_labels,
     uncrop_slice,
 )
-from .spatial import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd
+from .spatial import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
 from .uncertainty import (
     BayesianMap,
     BayesianMapd,
@@ -49,6 +49,7 @@ __all__ = [
     "SimulateCorrection",
     "SimulateCorrectiond",
     "SplitUncertaintyd",
+    "StackWriter",
     "apply_edits",
     "bayesian_map",
     "crop_box",

@@ -1,4 +1,4 @@
-"""Reading of a scan with checks, and the network's in-plane spacing with an exact way back."""
+"""Reading of a scan with checks, writing of results, and the network's in-plane spacing with an exact way back."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, MetaTensor
+from monai.data import ImageReader, MetaTensor, NibabelWriter
 from monai.transforms import Flip, InvertibleTransform, LoadImage, LoadImaged, MapTransform, Spacingd, Transform
 from monai.utils import TraceKeys, convert_to_numpy
 
@@ -17,6 +17,7 @@ __all__ = [
     "InPlaneSpacingd",
     "LoadScand",
     "SeenFromApexd",
+    "StackWriter",
     "check_spacing",
     "says_how_it_lies",
     "seen_from_base",
@@ -108,6 +109,16 @@ class LoadScand(LoadImaged):
                 )
             own.meta.update({code: like.meta[code] for code in CODES if code in like.meta})
         return d
+
+
+class StackWriter(NibabelWriter):
+    """Writer of :class:`monai.transforms.SaveImaged` for volumes ``(1, H, W, D)``, as ``(H, W, D)`` also where D is 1.
+
+    MONAI's own drops that axis too, and with it the slice's thickness and place, or else keeps the channel.
+    """
+
+    def set_data_array(self, data_array: torch.Tensor, **_: Any) -> None:
+        self.data_obj = data_array[0]
 
 
 class CheckScan(Transform):

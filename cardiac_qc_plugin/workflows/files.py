@@ -54,12 +54,24 @@ class Volume:
     image: nib.Nifti1Image
 
 
+def check_readable(folder: Path) -> None:
+    """Raise ValueError for a folder that may not be read."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: this folder cannot be read ({error.strerror}). Change its permissions, or leave it out."
+        ) from error
+
+
 def open_nifti(path: Path) -> nib.Nifti1Image:
     """A NIfTI image whose voxels have not been read yet.
 
     Raises:
         ValueError: if the file is missing, no NIfTI file, or holds colours or complex numbers.
     """
+    if path.is_dir():
+        check_readable(path)
     if not path.is_file():
         folder = " It is a folder: give it as --input, or take --engine ray, for lists of them." * path.is_dir()
         raise ValueError(f"{path}: no such file.{folder}")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import nibabel as nib
 
 from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
-from cardiac_qc_plugin.data.inputs import Scan, check_list_options, find_scans, phase_names
+from cardiac_qc_plugin.data.inputs import NoScans, Scan, check_list_options, find_scans, phase_names
 
 from .files import OutputError, check_folder, read_json, write_file, write_json, write_rows
 
@@ -64,11 +65,8 @@ def gather_scans(
         return Inputs(find_scans(path, root, fold))
     inputs = import_dicom(files, Path(output), series, name_by)
     if path.is_dir():
-        try:
+        with suppress(NoScans):
             inputs.scans += find_scans(path)
-        except ValueError as error:
-            if "no NIfTI file" not in str(error):
-                raise
     write_skipped(Path(output) / "skipped_series.csv", inputs.skipped)
     if not inputs.scans and not inputs.failures:
         listed = "".join(f"\n  {item}" for item in inputs.skipped)

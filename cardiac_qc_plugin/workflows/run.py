@@ -378,10 +378,6 @@ def process(
     Returns:
         Content of ``qc.json`` of the finished cases, (case, reason) of the others, and content of each ``cine.json``.
     """
-    phases = {int(match[2]) for scan in scans if (match := PHASE.fullmatch(scan.case))}
-    for phase in given:
-        if phase is not None and phases and phase not in phases:
-            raise ValueError(f"No cine has a phase {phase}, but {min(phases)} to {max(phases)}. See --ed and --es.")
     if preview is None:
         cases, failures = each_scan(scans, output, predictors)
         plans = {}
@@ -430,11 +426,15 @@ def run(
 
     Raises:
         OSError: if the output folder cannot be written, or the disk is full.
-        ValueError: if a given phase does not exist.
+        ValueError: if a given phase does not exist in any cine.
         CaseFailures: at the end, if any case failed.
     """
     output = Path(output)
     check_folder(output)
+    phases = {int(match[2]) for scan in scans if (match := PHASE.fullmatch(scan.case))}
+    for phase in given:
+        if phase is not None and phases and phase not in phases:
+            raise ValueError(f"No cine has a phase {phase}, but {min(phases)} to {max(phases)}. See --ed and --es.")
     output.mkdir(parents=True, exist_ok=True)
     cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
     failures = [*failures, *broken]

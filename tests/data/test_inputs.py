@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cardiac_qc_plugin.data.folds import hold_out, read_fold
-from cardiac_qc_plugin.data.inputs import find_scans, input_files
+from cardiac_qc_plugin.data.inputs import NoScans, find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
 
@@ -46,7 +46,7 @@ def test_names_that_cannot_be_told_apart(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match="no NIfTI file"):
+    with pytest.raises(NoScans, match="no NIfTI file"):
         find_scans(tmp_path)
     with pytest.raises(ValueError, match="no such file or folder"):
         find_scans(tmp_path / "missing.nii.gz")
@@ -72,7 +72,7 @@ def test_one_fold_of_a_datalist(tmp_path):
     items = [{"image": "heart_ed.nii.gz", "fold": 0}, {"image": "heart_es.nii.gz", "fold": 1}]
     (tmp_path / "list.json").write_text(json.dumps({"training": items}))
     assert [scan.case for scan in find_scans(tmp_path / "list.json", fold=1)] == ["heart_es"]
-    with pytest.raises(ValueError, match="no item in fold 7"):
+    with pytest.raises(NoScans, match="no item in fold 7"):
         find_scans(tmp_path / "list.json", fold=7)
 
 
@@ -101,6 +101,18 @@ def test_manifests_with_numbers(tmp_path):
     parquet.write_table(arrow.table(columns), tmp_path / "list.parquet")
     assert [scan.case for scan in find_scans(tmp_path / "list.parquet")] == ["101", "0"]
     assert [scan.case for scan in find_scans(tmp_path / "list.parquet", fold=1)] == ["101"]
+
+
+@pytest.mark.parametrize("rows", ["a.nii.gz,x\n,y\n", "a.nii.gz,x\n\n\n,\n"])
+def test_a_row_without_an_image_is_named(tmp_path, rows):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "list.csv").write_text(f"image,case\n{rows}")
+    with pytest.raises(ValueError, match="list.csv: not a manifest.*item 2 names no image: give its file"):
+        list(input_files(tmp_path / "list.csv"))
+    (tmp_path / "list.json").write_text('{"a": [{"image": "a.nii.gz", "fold": 0}, {"image": null, "fold": 1}]}')
+    with pytest.raises(ValueError, match="list.json: not a MONAI datalist.*item 2 names no image"):
+        list(input_files(tmp_path / "list.json"))
+    assert [file.name for file in input_files(tmp_path / "list.json", fold=0)] == ["a"]
 
 
 @pytest.mark.parametrize("case", ["../evil", "/tmp/evil", "."])

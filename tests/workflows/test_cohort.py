@@ -223,6 +223,26 @@ def test_a_url_gets_the_same_files(world, local):
     assert {name: store.modified(name) for name in store.find("/cohort")} == modified
 
 
+def test_a_given_phase_that_one_cine_lacks(world, tmp_path):
+    """Its phases are done, and the cine is named; by a worker, which sees no other cine, as by the local engine."""
+    cine = nib.load(world / "data" / "cine.nii.gz")
+    nib.save(cine.slicer[..., :2], tmp_path / "short.nii.gz")
+    scans = find_scans(tmp_path / "short.nii.gz") + find_scans(world / "data" / "cine.nii.gz")
+    models, _ = loader(world)()
+    with pytest.raises(CaseFailures) as caught:
+        run(scans, tmp_path / "local", *models, given=(2, None))
+    work = CohortWorker(
+        str(tmp_path / "ray"), partial(load_predictors, "dn", "bmap", 2, "all", "cpu", world / "bundles"), (2, None)
+    )
+    made = work(("short", tmp_path / "short.nii.gz"))
+    work(("cine", world / "data" / "cine.nii.gz"))
+    assert made["failures"] == caught.value.failures and "there is no phase 2 among its 2" in made["failures"][0][1]
+    assert [row["case"] for row, _ in made["cases"]] == ["short/phase00", "short/phase01"]
+    expected = contents(tmp_path / "local")
+    expected.pop("indices.csv", None)
+    assert contents(tmp_path / "ray") == expected
+
+
 def test_a_row_may_name_a_folder_of_dicom_files(world, tmp_path):
     write(tmp_path / "in" / "study", cine())
     write_text(tmp_path / "in" / "empty" / "notes.txt", "")

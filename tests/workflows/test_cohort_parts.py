@@ -40,6 +40,19 @@ def test_names_are_those_of_find_scans(journal, tmp_path):
     assert {"one_heart_ed", "two_heart_ed"} < {scan.case for scan in scans}
 
 
+def test_a_heart_lies_in_one_folder(journal, tmp_path):
+    """Two patients' end-diastole and end-systole of one name are no pair; a manifest's word holds."""
+    (tmp_path / "list.csv").write_text("image,case\nP1/sax_ed.nii,\nP2/sax_es.nii,\nP3/la_ed.nii,\nP3/la_es.nii,\n")
+    names = ["P1_sax_ed", "P2_sax_es", "la_ed", "la_es"]
+    (tmp_path / "P1").mkdir()
+    (tmp_path / "P1" / "sax_ed.nii").touch()
+    journal.add_files(input_files(tmp_path / "list.csv"))
+    assert [name for _, name, _ in journal.files()] == names
+    assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == names
+    (tmp_path / "list.csv").write_text("image,case\nP1/sax_ed.nii,a_ed\nP2/sax_es.nii,a_es\n")
+    assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == ["a_ed", "a_es"]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_manifest(tmp_path, suffix):
     """Paths are relative to the manifest; a given name stays, others come from the file."""

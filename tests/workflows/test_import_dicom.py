@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
-from cardiac_qc_plugin.workflows.files import OutputError
+from cardiac_qc_plugin.workflows.files import OutputError, read_volume
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -96,6 +97,17 @@ def test_phases_that_are_gone_leave_no_folder(tmp_path):
     assert len(list((tmp_path / "out").glob("*/phase*"))) == len(scans) == PHASES - 1
 
 
+def test_other_errors_than_no_nifti_files_are_told(tmp_path):
+    """Also of a folder whose name reads like the message of one without."""
+    folder = tmp_path / "no NIfTI file"
+    write(folder / "dicom", cine())
+    for name in ("a/same/x.nii.gz", "b/same/x.nii.gz"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    with pytest.raises(ValueError, match="several files would give the case 'same_x'"):
+        gather_scans(folder, tmp_path / "out")
+
+
 def test_beside_nifti_files(tmp_path):
     write(tmp_path / "in" / "dicom", cine())
     phantom = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
@@ -129,6 +141,26 @@ def test_a_file_that_cannot_be_opened_is_skipped(tmp_path, locked, dicom):
     inputs = gather_scans(tmp_path / "in", tmp_path / "out")
     assert len(inputs.scans) == dicom * PHASES + 1 and not inputs.failures
     assert list(map(str, inputs.skipped)) == ["file locked (1 image): cannot be read (Permission denied)"]
+
+
+@pytest.mark.parametrize("dicom", [True, False])
+def test_a_folder_that_cannot_be_read_is_a_failed_case(tmp_path, monkeypatch, dicom):
+    if dicom:
+        write(tmp_path / "in" / "dicom", cine())
+    phantom = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
+    write_phantom(tmp_path / "in", "heart", phantom, phases={"ed": 0.0}, with_labels=False)
+    (tmp_path / "in" / "locked").mkdir()
+
+    def refuse(path, listed=os.scandir):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    *others, locked = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert [scan.case for scan in others][-1] == "heart_ed" and len(others) == dicom * PHASES + 1
+    with pytest.raises(ValueError, match=r"in/locked: this folder cannot be read \(Permission denied\)"):
+        read_volume(locked.path)
 
 
 def test_no_short_axis(tmp_path):

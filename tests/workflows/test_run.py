@@ -450,8 +450,10 @@ def test_scans_of_a_bundles_folder(tmp_path):
     (folder / "results").mkdir()
     (folder / "results" / "a_segmentation.nii.gz").touch()  # of an earlier run
     assert scan_items(folder, folder / "results") == expected
-    assert scan_items(folder, folder) == scan_items(folder, tmp_path)  # not below: nothing is left out
-    assert len(scan_items(folder, folder)) == 4
+    assert len(scan_items(folder, tmp_path)) == 4  # not below: nothing is left out
+    for same in (folder, folder / "below" / ".."):
+        with pytest.raises(ValueError, match="would be taken for scans by the next run. Give another --output_dir"):
+            scan_items(folder, same)
     (folder / ".git").mkdir()
     (folder / ".git" / "hidden.nii.gz").touch()
     (folder / "twice").symlink_to(tmp_path / "elsewhere", target_is_directory=True)

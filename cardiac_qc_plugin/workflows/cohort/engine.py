@@ -17,7 +17,7 @@ from cardiac_qc_plugin.reports import write_report
 
 from ..calibrate import write_operating_curve
 from ..cine import Given, choose_phases, group_cines, table_row, write_cines
-from ..files import OutputError, write_csv, write_json
+from ..files import OutputError, check_readable, write_csv, write_json
 from ..import_dicom import Inputs, Skipped, import_dicom, write_skipped
 from ..references import Outcome
 from ..run import Predictors, failed_row, process, worklist_row
@@ -81,6 +81,8 @@ class CohortWorker:
         """The short-axis cines of a DICOM file, or of a folder of them."""
         if not isinstance(self.store, FolderStore):
             raise ValueError(f"{path}: DICOM files need a folder as output, {self.store} is none.")
+        if path.is_dir():
+            check_readable(path)
         files = dicom_files(path)
         inputs = import_dicom(files, root, **self.dicom)
         if not inputs.scans and not inputs.failures:

@@ -14,7 +14,7 @@ SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA temp_store = FILE;
-CREATE TABLE files (id INTEGER PRIMARY KEY, name TEXT, other_name TEXT, path TEXT);
+CREATE TABLE files (id INTEGER PRIMARY KEY, name TEXT, other_name TEXT, heart TEXT, folder TEXT, path TEXT);
 CREATE TABLE cases (
     file INTEGER, number INTEGER, name TEXT, heart TEXT, role TEXT, status TEXT, message TEXT,
     row TEXT, worklist TEXT, urgency REAL, region_failure REAL, sampled INTEGER,
@@ -23,6 +23,7 @@ CREATE TABLE cases (
 CREATE TABLE hearts (name TEXT PRIMARY KEY, file INTEGER, is_pair INTEGER, row TEXT);
 """
 DOUBLED = "SELECT name FROM files GROUP BY name HAVING COUNT(*) > 1"
+SCATTERED = "SELECT heart FROM files GROUP BY heart HAVING COUNT(DISTINCT folder) > 1"
 
 
 class Journal:
@@ -48,13 +49,12 @@ class Journal:
         Raises:
             ValueError: if two files would give the same case.
         """
-        # a name that a manifest gives stays; another one that occurs twice is told apart by its folder
         rows = (
-            (file.name, file.name if file.case else f"{file.path.parent.name}_{file.name}", str(file.path.resolve()))
+            (file.name, file.name_with_folder, file.heart, str(file.path.parent), str(file.path.resolve()))
             for file in files
         )
-        self.db.executemany("INSERT INTO files (name, other_name, path) VALUES (?, ?, ?)", rows)
-        self.db.execute(f"UPDATE files SET name = other_name WHERE name IN ({DOUBLED})")
+        self.db.executemany("INSERT INTO files (name, other_name, heart, folder, path) VALUES (?, ?, ?, ?, ?)", rows)
+        self.db.execute(f"UPDATE files SET name = other_name WHERE name IN ({DOUBLED}) OR heart IN ({SCATTERED})")
         if doubled := self.db.execute(f"{DOUBLED} LIMIT 1").fetchone():
             raise ValueError(f"Several files would give the case '{doubled[0]}'. Rename them.")
 
