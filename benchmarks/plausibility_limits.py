@@ -29,7 +29,7 @@ def measure(labels: np.ndarray, spacing: tuple[float, float, float]) -> dict[str
     for z in range(heart[0] + 1, heart[-1]):
         for structure, mask in p._outlines(labels[..., z]).items():
             if np.count_nonzero(mask) >= p.SMALLEST:
-                shape = p.shape_of(mask)
+                shape = p.shape_of(mask, spacing[:2])
                 values.setdefault(f"concavity_{structure}", []).append(shape["concavity"])
                 if structure != "RV":
                     values.setdefault(f"circularity_{structure}", []).append(shape["circularity"])
