@@ -390,10 +390,12 @@ def process(
     cines = group_cines(cases, output, given)
     chosen = {}
     for cine in cines:
+        cine.notes += [f"{case}: {reason}" for case, reason in failures if case.rpartition("/phase")[0] == cine.name]
         try:
             chosen[cine.name] = plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine)
         except ValueError as error:
             chosen[cine.name] = None, None
+            cine.notes.append(str(error))
             failures.append((cine.name, str(error)))
     return cases, failures, write_cines(cines, chosen)
 
