@@ -155,19 +155,28 @@ def read_threshold(weights: str | Path) -> float:
         ) from error
 
 
-def check_version(bundle_root: str | Path) -> None:
+def check_version(bundle_root: str | Path) -> str:
     """Refuse a bundle that was made for another version of this package, by what its metadata require.
 
+    Returns:
+        The bundle's own version.
+
     Raises:
-        ValueError: if the major or minor version differs; the message says which one is needed.
+        ValueError: if the major or minor version differs; the message says which one is needed. Or if the metadata
+            cannot be read.
     """
     path = Path(bundle_root) / "configs" / "metadata.json"
-    required = json.loads(path.read_text())["required_packages_version"].get("cardiac-qc-plugin")
+    try:
+        metadata = json.loads(path.read_text())
+        own, required = metadata["version"], metadata["required_packages_version"].get("cardiac-qc-plugin")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the metadata of a bundle ({error!r}). Take the bundle anew.") from error
     if required is not None and required.split(".")[:2] != __version__.split(".")[:2]:
         raise ValueError(
             f"{path}: the bundle needs cardiac-qc-plugin {required}, and {__version__} is installed. Install that "
             "version, or take the bundle that came with yours."
         )
+    return own
 
 
 class EpochCheckpoint:

@@ -168,19 +168,24 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        ValueError: if the file is missing or damaged; the message names it.
+        ValueError: if the file is missing or damaged, or holds something else; the message names it.
     """
     if not path.is_file():
         hint = " Give the output folder of run." if path.name == "qc.json" else ""
         raise ValueError(f"{path}: no such file.{hint}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of an object")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as JSON ({error}). Remove it, and run the command again that wrote it."
+        ) from error
+    return content
 
 
 def file_sha256(path: Path) -> str:

@@ -181,5 +181,5 @@ def folder_records(folder: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir():
             yield from folder_records(folder / entry.name)
-        elif entry.name == "qc.json" and "segmentation" in read_json(folder / "qc.json")["stages"]:
+        elif entry.name == "qc.json" and "segmentation" in read_json(folder / "qc.json").get("stages", {}):
             yield folder / "qc.json"

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cardiac_qc_plugin.checkpoints import check_version
 from cardiac_qc_plugin.data.folds import hold_out, read_fold
 from cardiac_qc_plugin.data.inputs import find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
+from cardiac_qc_plugin.workflows.files import read_json
 
 TINY = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
 
@@ -195,3 +197,21 @@ def test_predictions_that_are_missing(tmp_path):
         with_predictions([{"image": "x/case1.nii.gz"}], tmp_path, "bmap", "drn")
     with pytest.raises(ValueError, match="Unknown uncertainty map 'std'"):
         with_predictions([], tmp_path, "std", "drn")
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"segmentation": {"map": "bm', b"[1]", b"{}", b'{"segmentation": 3}', b"\xff\xfe"]
+)
+def test_damaged_records_are_named(content, tmp_path):
+    """Truncated, no object, without what is needed, no text."""
+    case, metadata = tmp_path / "heart", tmp_path / "bundle" / "configs" / "metadata.json"
+    for path in (case / "segmentation.nii.gz", case / "bayesian.nii.gz", case / "qc.json", metadata):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"heart/qc.json: .*Remove it, and segment again\."):
+        with_predictions([{"image": str(tmp_path / "heart.nii.gz")}], tmp_path, "bmap", "drn")
+    with pytest.raises(ValueError, match=r"metadata.json: not the metadata of a bundle"):
+        check_version(tmp_path / "bundle")
+    if content not in (b"{}", b'{"segmentation": 3}'):
+        with pytest.raises(ValueError, match=r"qc.json: cannot be read as JSON .*Remove it, and run the command again"):
+            read_json(case / "qc.json")
