@@ -98,14 +98,20 @@ class OutputError(OSError):
     """A result could not be written: the folder cannot be written to, or the disk is full."""
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name in the same folder, then rename; nothing is left behind on failure."""
+def write_file(path: Path, write: Callable[[Path], Any], place: Callable[[Path, Path], None] = os.replace) -> None:
+    """Write under a temporary name in the same folder, then rename; nothing is left behind on failure.
+
+    Args:
+        path: the file.
+        write: writes what it is to hold, under the name that it is given.
+        place: gives the complete file, at its first argument, the name that is its second.
+    """
     # unique among the nodes that share a folder; the suffix decides nibabel's compression
     temporary = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        os.replace(temporary, path)
+        place(temporary, path)
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "a file is where its folder should be" if in_the_way else error.strerror or error
