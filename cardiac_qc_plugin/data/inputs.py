@@ -157,14 +157,16 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
     """Files of a datalist or manifest, or those of one fold."""
     kind, read = READERS[path.suffix]
     try:
-        for item in read(path):
-            if isinstance(item, str):
-                if not item.lower().endswith(SUFFIXES):  # names of classes, say
-                    continue
+        for number, item in enumerate(read(path), start=1):
+            if isinstance(item, str) and item.lower().endswith(SUFFIXES):
                 item = {"image": item}
+            if not isinstance(item, dict):  # names or numbers of classes, say
+                continue
             if fold is None or is_number(item.get("fold"), fold):
-                yield InputFile(root / item["image"], given_case(item.get("case")))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+                if not (image := item.get("image")):
+                    raise ValueError(f"item {number} has no 'image'")
+                yield InputFile(root / image, given_case(item.get("case")))
+    except (ValueError, AttributeError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: not {kind} ({error!r}).") from error
 
 

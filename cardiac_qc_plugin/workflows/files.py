@@ -7,7 +7,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "case_folders",
     "file_sha256",
     "read_json",
+    "read_rows",
     "read_volume",
     "write_csv",
     "write_file",
@@ -192,6 +193,23 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read as JSON ({error}). Remove it, and run the command again that wrote it."
         ) from error
     return content
+
+
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file, one after another; none where there is no file.
+
+    Raises:
+        ValueError: if it is damaged; the message names it.
+    """
+    if not path.is_file():
+        return
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            yield from csv.DictReader(stream)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as CSV ({error}). Remove it, and run the command again that wrote it."
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

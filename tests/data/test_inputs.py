@@ -12,6 +12,7 @@ from cardiac_qc_plugin.data.inputs import find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
 from cardiac_qc_plugin.workflows.files import read_json
+from cardiac_qc_plugin.workflows.table import folder_rows
 
 TINY = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
 
@@ -215,3 +216,33 @@ def test_damaged_records_are_named(content, tmp_path):
     if content not in (b"{}", b'{"segmentation": 3}'):
         with pytest.raises(ValueError, match=r"qc.json: cannot be read as JSON .*Remove it, and run the command again"):
             read_json(case / "qc.json")
+
+
+@pytest.mark.parametrize("item", [5, "heart.nii.gz", None, {"image": "a"}, {"image": "a", "label": ["a", "a"]}])
+def test_an_item_of_a_datalist_that_cannot_be_trained_on_is_named(item, tmp_path):
+    (tmp_path / "a").touch()
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a", "label": "a"}, item]}))
+    with pytest.raises(ValueError, match=r"list.json: item 2 of 'training' has to name a file .* and is "):
+        read_fold(tmp_path / "list.json", tmp_path, -1)
+
+
+def test_lists_that_are_no_items(tmp_path):
+    """Names and numbers of classes, as datalists have them; and an item without an image."""
+    items = {"classes": [0, 1, 2], "names": ["LV"], "spacing": [1.4, 1.4], "training": [{"image": "a.nii.gz"}]}
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "list.json").write_text(json.dumps(items))
+    assert [scan.case for scan in find_scans(tmp_path / "list.json")] == ["a"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz"}, {"label": "a.nii.gz"}]}))
+    with pytest.raises(ValueError, match=r"list.json: not a MONAI datalist.*item 2 has no 'image'"):
+        find_scans(tmp_path / "list.json")
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    """The csv module's own error, which is no ValueError."""
+    line = "x" * 200_000
+    (tmp_path / "list.csv").write_text(f"image\na.nii.gz\n{line}\n")
+    with pytest.raises(ValueError, match=r"list.csv: not a manifest.*field larger than"):
+        find_scans(tmp_path / "list.csv")
+    (tmp_path / "worklist.csv").write_text(f"case,status,message\nheart,failed,{line}\n")
+    with pytest.raises(ValueError, match=r"worklist.csv: cannot be read as CSV .*field larger than.*Remove it"):
+        list(folder_rows(tmp_path))
