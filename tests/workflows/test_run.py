@@ -108,9 +108,13 @@ def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_
     (qc,) = run(find_scans(scan), tmp_path, predictors[0], detector)
     assert maps.stat().st_mtime_ns == first  # the segmentation still holds
     assert qc["detection"]["threshold"] == 0.01
+    summaries = [tmp_path / name for name in ("worklist.csv", "report.html", "cases.parquet")]
+    there = [path.exists() for path in summaries]
+    run(find_scans(scan), tmp_path, predictors[0], None)
+    assert there[:2] == [True, True] == [path.exists() for path in summaries][:2]  # of these very segmentations
     other = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", samples=3, amp=False)
     (qc,) = run(find_scans(scan), tmp_path, other, None)
-    assert "detection" not in qc and "scores" not in qc
+    assert "detection" not in qc and "scores" not in qc and not any(path.exists() for path in summaries)
     assert not (tmp_path / "oblique" / "failure_regions.nii.gz").exists()  # they belonged to another segmentation
     run(find_scans(scan), tmp_path, *predictors)
     maps.unlink()
