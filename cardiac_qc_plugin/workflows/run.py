@@ -445,7 +445,7 @@ def run(
     check_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
-    failures = [*failures, *broken]
+    failures = sorted([*failures, *broken])  # by name, as a cohort's, whatever failed first
     write_indices(output / "indices.csv", records)
     if detector is not None:
         write_table_of_run(output, cases, failures, records)

@@ -106,6 +106,16 @@ def test_worklist_puts_the_most_urgent_first(journal):
     assert next(iter(journal.most_urgent(1)))[0] == "a"
 
 
+def test_what_failed_comes_first_and_by_name(journal):
+    """As on one machine, where a cine's own failure comes after those of all phases."""
+    for number, (case, status) in enumerate((("z", "failed"), ("m", "done"), ("a", "quarantined")), start=1):
+        row = {"case": case, "status": status, "message": f"{case} broke", "urgency": 0.1}
+        journal.add_case(number, 0, row, row)
+    assert [row["case"] for row in journal.worklist()] == ["a", "z", "m"]
+    assert [row["case"] for row, _ in journal.rows()] == ["a", "z", "m"]
+    assert list(journal.failures()) == [("a", "a broke", "quarantined"), ("z", "z broke", "failed")]
+
+
 def test_causes_are_counted():
     failures = [(f"c{n}", f"/data/c{n}.nii.gz: voxel size {n} mm is not positive.", "failed") for n in range(7)]
     lines = causes([*failures, ("x", "/data/x.nii: no such file.", "failed")])
