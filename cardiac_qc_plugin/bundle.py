@@ -97,8 +97,7 @@ class BundlePredictor:
         self.config = ConfigParser()
         config_file = folder / "configs" / "inference.json"
         self.config.read_config(str(config_file))
-        check_version(folder)
-        self.version = json.loads((folder / "configs" / "metadata.json").read_text())["version"]
+        self.version = check_version(folder)
         unknown = [key for key in overrides if key not in self.config]
         if unknown:
             raise ValueError(f"{config_file} has no setting '{unknown[0]}'.")

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from monai.utils import set_determinism
 from torch import nn
 
@@ -33,6 +32,18 @@ LONGEST_EPOCH = 250  # iterations
 CHECKPOINT = "checkpoint.pt"  # of an interrupted training
 
 
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, that gets its own at the end; what a killed process left there is overwritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_weights(network: nn.Module, path: str | Path) -> None:
     """Write a network's weights as a bare state dict in fp16 (integers as they are), under a temporary name first.
 
@@ -41,7 +52,6 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     training that goes on from the weights that were there, without held-out cases, can choose no other.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         key: (value.detach().cpu().half() if value.is_floating_point() else value.cpu()).contiguous()
         for key, value in network.state_dict().items()
@@ -49,15 +59,11 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(f"{key} has values beyond fp16's range, or NaN: not saved to {path}.")
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with _replacing(path) as temporary:
         torch.save(state, temporary)
         size = getattr(network, "region_size", None)
         if _trained_region_size(path, size) != size:
             _operating_point(path).unlink()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
@@ -155,19 +161,28 @@ def read_threshold(weights: str | Path) -> float:
         ) from error
 
 
-def check_version(bundle_root: str | Path) -> None:
+def check_version(bundle_root: str | Path) -> str:
     """Refuse a bundle that was made for another version of this package, by what its metadata require.
 
+    Returns:
+        The bundle's own version.
+
     Raises:
-        ValueError: if the major or minor version differs; the message says which one is needed.
+        ValueError: if the major or minor version differs; the message says which one is needed. Or if the metadata
+            cannot be read.
     """
     path = Path(bundle_root) / "configs" / "metadata.json"
-    required = json.loads(path.read_text())["required_packages_version"].get("cardiac-qc-plugin")
+    try:
+        metadata = json.loads(path.read_text())
+        own, required = metadata["version"], metadata["required_packages_version"].get("cardiac-qc-plugin")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the metadata of a bundle ({error!r}). Take the bundle anew.") from error
     if required is not None and required.split(".")[:2] != __version__.split(".")[:2]:
         raise ValueError(
             f"{path}: the bundle needs cardiac-qc-plugin {required}, and {__version__} is installed. Install that "
             "version, or take the bundle that came with yours."
         )
+    return own
 
 
 class EpochCheckpoint:
@@ -212,12 +227,14 @@ class EpochCheckpoint:
         if idist.get_rank() > 0:
             return
         state = {name: entry.state_dict() for name, entry in self.state.items()}
-        DiskSaver(self.folder, require_empty=False)(state, CHECKPOINT)
+        with _replacing(Path(self.folder) / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
 
 
 def remove_checkpoint(folder: str | Path) -> None:
     """Remove what `EpochCheckpoint` wrote, at the end of a training; other files there, and so the folder, stay."""
-    (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
+    for name in (CHECKPOINT, f"{CHECKPOINT}.part"):  # the latter of a process that was killed
+        (Path(folder) / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         Path(folder).rmdir()
 

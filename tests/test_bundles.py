@@ -76,6 +76,41 @@ def test_network_fits_the_metadata(bundle):
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
+def test_range_of_the_output_is_that_of_logits(bundle):
+    parser = ConfigParser(config(bundle, "inference"))
+    stated = config(bundle, "metadata")["network_data_format"]["outputs"]["pred"]["value_range"] or (-np.inf, np.inf)
+    network = load_weights(parser.get_parsed_content("network_def"), ROOT / "bundles" / bundle / "models" / "model.pt")
+    with torch.no_grad():
+        output = network.eval()(torch.rand(1, 2 if bundle == BUNDLES[-1] else 1, 96, 96))
+    assert stated[0] <= output.min() and output.max() <= stated[1]
+    assert not torch.allclose(output.sum(dim=1), torch.ones(()))  # no probabilities
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_readme_has_the_settings_and_their_defaults(bundle):
+    """Settings that a table names are the configuration's, with its plain values; and so are those of both tables."""
+    readme = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
+    configs, named = {name: config(bundle, name) for name in ("inference", "train")}, {}
+    for name, settings in configs.items():
+        besides, _, table = readme.partition(f" (`configs/{name}.json`)")[2].partition(":\n\n")
+        named[name] = set()
+        for row in table.partition("\n\n")[0].splitlines()[2:]:
+            keys, defaults = re.findall("`(.+?)`", row.split("|")[1]), row.split("|")[2].split(", ")
+            named[name] |= {key.partition("#")[0] for key in keys}
+            for key, default in zip(keys, defaults, strict=False) if len(keys) == len(defaults) else ():
+                value, default = settings.get(key), default.strip(" `")
+                if isinstance(value, int | float):
+                    assert json.loads(default) == value, key
+                elif isinstance(value, str) and not value.startswith("$"):
+                    assert default == value or (default, value) == ("none", ""), key
+        assert named[name] <= set(settings)
+    both = named["inference"] & set(configs["train"])
+    same = {key for key in both if configs["inference"][key] == configs["train"][key]}
+    assert set(re.findall(r"`(\w+)`", besides.partition("and in")[0])) == same  # of the training's table
+    assert both - same <= named["train"]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_training_and_inference_agree(bundle):
     training = config(bundle, "train")
     inference = json.loads(json.dumps(config(bundle, "inference")).replace("@displayable_configs#", "@"))

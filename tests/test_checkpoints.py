@@ -1,5 +1,7 @@
 import os
 import pickle
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +218,28 @@ def test_only_the_checkpoint_is_removed(tmp_path):
     (tmp_path / "empty" / "checkpoint.pt").touch()
     remove_checkpoint(tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
+
+
+def test_a_killed_save_leaves_nothing_behind_for_good(tmp_path):
+    """What a kill leaves is replaced by the next checkpoint, and removed with it at the training's end."""
+    pid = os.fork()
+    if pid == 0:
+        torch.save = lambda state, file: (Path(file).write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+        checkpoint_once(tmp_path / "resume")
+    os.waitpid(pid, 0)
+    (left,) = (tmp_path / "resume").iterdir()
+    assert left.read_bytes() == b"half" and left.name != "checkpoint.pt"
+    checkpoint_once(tmp_path / "resume")
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["checkpoint.pt"]
+    left.write_bytes(b"half")
+    remove_checkpoint(tmp_path / "resume")
+    assert not (tmp_path / "resume").exists()
+
+
+def checkpoint_once(folder):
+    trainer = Engine(lambda engine, batch: None)
+    EpochCheckpoint(folder, {"model": nn.Conv2d(1, 1, 1)}, seed=0).attach(trainer)
+    trainer.run([0], max_epochs=1)
 
 
 def test_operating_point_stays_for_weights_of_the_same_regions(tmp_path):

@@ -188,7 +188,7 @@ def test_counts_at_every_threshold(tmp_path, seed):
     assert record["grid"][record["operating"]] == 0.25 and len(record["grid"]) > 25
     assert record["regions"][record["operating"]] == len(flagged) > 20
     for threshold, regions, slices in zip(record["grid"], record["regions"], record["slices"], strict=True):
-        reached = corners >= np.float32(threshold)
+        reached = corners.astype(float) >= threshold
         assert (regions, slices) == (reached.sum(), reached.any(axis=(0, 1)).sum())
     levels = np.array([int(a["data-level"]) for a in page.all("rect")])
     assert [(levels > step).sum() for step in range(len(record["grid"]))] == record["regions"]

@@ -61,7 +61,7 @@ def set_slider(page, selector, step):
 
 def reached(volume, threshold):
     """Regions that reach a threshold, (rows, columns, slices), from the cells' corners."""
-    return volume[8:96:8, 0:80:8] >= np.float32(threshold)
+    return volume[8:96:8, 0:80:8].astype(float) >= threshold
 
 
 def open_case(page, root, name="heart/phase00"):

@@ -10,6 +10,8 @@ from .acdc import SAME_SCAN
 
 __all__ = ["hold_out", "read_fold"]
 
+KEYS = ("image", "label")
+
 
 def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[dict], list[dict]]:
     """Items of a MONAI datalist outside and inside a fold, their paths below ``root``.
@@ -23,21 +25,30 @@ def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[d
         Items of the other folds, and items of this one.
 
     Raises:
-        ValueError: if the datalist is missing or damaged, has no such fold, or lists a file that is not there.
+        ValueError: if the datalist is missing or damaged, has an item without image or label, has no such fold, or
+            lists a file that is not there.
     """
     datalist = Path(datalist)
     try:
-        others, left_out = datafold_read(json.loads(datalist.read_text()), str(root), fold)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(datalist.read_text())
+        items = list(content["training"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{datalist}: cannot be read as a datalist with the list 'training' ({error!r}).") from error
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict) or not all(item.get(key) and isinstance(item[key], str) for key in KEYS):
+            raise ValueError(
+                f"{datalist}: item {number} of 'training' has to name a file each as 'image' and 'label', and is "
+                f"{str(item)[:200]}."
+            )
+    others, left_out = datafold_read(content, str(root), fold)
     if not others or (not left_out and fold != -1):
-        folds = sorted({item.get("fold") for item in others + left_out if "fold" in item})
+        folds = sorted({item["fold"] for item in items if "fold" in item}, key=str)
         raise ValueError(
             f"{datalist}: fold {fold} would leave nothing on one side. Its folds are {folds}, and -1 leaves none out."
         )
     for item in others + left_out:
-        for path in (item.get("image"), item.get("label")):
-            if path is None or not Path(path).is_file():
+        for path in (item[key] for key in KEYS):
+            if not Path(path).is_file():
                 raise ValueError(
                     f"{path}: no such file, but {datalist} lists it. "
                     "Check the data set's folder (--dataset_dir, or --root)."
@@ -61,7 +72,8 @@ def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[di
     Raises:
         ValueError: if an item has no such ``meta``.
     """
-    if any(not {"patient", "group"} <= item.get("meta", {}).keys() for item in items):
+    metas = [item.get("meta") for item in items]
+    if any(not isinstance(meta, dict) or not {"patient", "group"} <= meta.keys() for meta in metas):
         raise ValueError(
             "Patients are held out to choose the operating point: every item of the datalist needs 'meta' with "
             "'patient' and 'group', as `python scripts/pipeline.py datalist` writes it; or take --fold -1."

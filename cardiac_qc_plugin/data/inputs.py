@@ -69,17 +69,19 @@ class InputFile:
         return re.sub(r"_(ed|es|frame\d+)$", "", self.name, flags=re.IGNORECASE)
 
 
-def find_scans(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> list[Scan]:
+def find_scans(
+    path: str | Path, root: str | Path | None = None, fold: int | None = None, output: str | Path | None = None
+) -> list[Scan]:
     """Scans behind a path, in order.
 
     Args:
-        path, root, fold: see :func:`input_files`.
+        path, root, fold, output: see :func:`input_files`.
 
     Raises:
         NoScans: if no file in it is a scan.
         ValueError: if nothing is there, or no file of a list is there.
     """
-    files = list(input_files(path, root, fold))
+    files = list(input_files(path, root, fold, output))
     counts = Counter(file.name for file in files)
     folders = Counter(heart for heart, _ in {(file.heart, file.path.parent) for file in files})
     scans = []
@@ -97,7 +99,9 @@ def find_scans(path: str | Path, root: str | Path | None = None, fold: int | Non
     return scans
 
 
-def input_files(path: str | Path, root: str | Path | None = None, fold: int | None = None) -> Iterator[InputFile]:
+def input_files(
+    path: str | Path, root: str | Path | None = None, fold: int | None = None, output: str | Path | None = None
+) -> Iterator[InputFile]:
     """Files behind a path, one after another; a list of any length is never in memory as a whole.
 
     Args:
@@ -107,6 +111,7 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
             with a column ``image``, and ``case`` where cases are not named by their files.
         root: folder that the paths of a datalist or manifest are relative to; its own folder by default.
         fold: take the items with this ``fold`` of a datalist or manifest only.
+        output: where results go; if that is a folder below, what an interrupted run left in it is no scan.
 
     Raises:
         NoScans: if there is no such file in a folder, or no item in a list.
@@ -117,7 +122,7 @@ def input_files(path: str | Path, root: str | Path | None = None, fold: int | No
     check_list_options(path, root, fold)
     if path.is_dir():
         files, nothing = (
-            map(InputFile, folder_files(path)),
+            map(InputFile, folder_files(path, output)),
             "no NIfTI file (.nii, .nii.gz) and no DICOM file in this folder or below it.",
         )
     elif path.suffix in READERS and path.is_file():
@@ -145,13 +150,16 @@ def check_list_options(path: Path, root: str | Path | None, fold: int | None) ->
         )
 
 
-def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+def folder_files(folder: Path, output: str | Path | None = None) -> Iterator[Path]:
     """NIfTI files in a folder and its subfolders, sorted, without references and what a stage of the pipeline wrote.
 
-    Links are followed; a folder that was `seen` is not searched again. One that may not be read stands for itself: its
-    case fails with the reason, and the others go on.
+    Links are followed; no folder is searched twice, nor the `output` if it lies below. A folder that may not be read
+    stands for itself: its case fails with the reason, and the others go on.
     """
-    seen = set() if seen is None else seen
+    yield from _search(folder, set() if output is None else {Path(output).resolve()} - {folder.resolve()})
+
+
+def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
@@ -166,7 +174,7 @@ def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
         return
     for entry in entries:
         if entry.is_dir():
-            yield from folder_files(folder / entry.name, seen)
+            yield from _search(folder / entry.name, seen)
         elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
             name = case_name(entry.name)
             cine = name.removesuffix("_4d")
@@ -177,18 +185,25 @@ def folder_files(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
 
 def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile]:
     """Files of a datalist or manifest, or those of one fold."""
+    kind, _ = READERS[path.suffix]
+    for number, item in enumerate(list_items(path), start=1):
+        if isinstance(item, str) and item.lower().endswith(SUFFIXES):
+            item = {"image": item}
+        if not isinstance(item, dict):  # names or numbers of classes, say
+            continue
+        if fold is None or is_number(item.get("fold"), fold):
+            if not isinstance(image := item.get("image"), str) or not image:
+                problem = f"item {number} names no image"
+                raise ValueError(f"{path}: {problem}. Give its file, or remove it; this has to be {kind}.")
+            yield InputFile(root / image, given_case(path, item.get("case")))
+
+
+def list_items(path: Path) -> Iterator[Any]:
+    """Items of a datalist or manifest."""
     kind, read = READERS[path.suffix]
     try:
-        for number, item in enumerate(read(path), start=1):
-            if isinstance(item, str):
-                if not item.lower().endswith(SUFFIXES):  # names of classes, say
-                    continue
-                item = {"image": item}
-            if fold is None or is_number(item.get("fold"), fold):
-                if item["image"] in ("", None):  # joined to the root it would be the whole folder
-                    raise ValueError(f"item {number} names no image: give its file, or remove it")
-                yield InputFile(root / item["image"], given_case(item.get("case")))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        yield from read(path)
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: not {kind} ({error!r}).") from error
 
 
@@ -200,8 +215,8 @@ def is_number(value: Any, number: int) -> bool:
         return False
 
 
-def given_case(value: Any) -> str | None:
-    """A case's name from a list, which may be a number; None where there is none.
+def given_case(path: Path, value: Any) -> str | None:
+    """A case's name from the list at a path, which may be a number; None where there is none.
 
     Raises:
         ValueError: if results would be written outside the output folder.
@@ -210,7 +225,7 @@ def given_case(value: Any) -> str | None:
         return None
     case = Path(str(value)).as_posix()
     if Path(case).is_absolute() or case == "." or ".." in Path(case).parts:
-        raise ValueError(f"the case '{case}' is no name of a folder below the output folder")
+        raise ValueError(f"{path}: the case '{case}' is no name of a folder below the output folder.")
     return case
 
 

@@ -134,15 +134,21 @@ def check_made_for(record: Path, map: str, model: str) -> None:
     """Refuse predictions whose record says that they are of another network, or do not go with the map."""
     if not record.is_file():
         return
-    made = json.loads(record.read_text())["segmentation"]
-    bundle = re.fullmatch(r"cardiac_(.+)_segmentation", made.get("bundle", ""))
+    try:
+        made = json.loads(record.read_text())["segmentation"]
+        by, made_map, samples = made.get("bundle", ""), made["map"], int(made["samples"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{record}: does not say what the segmentation was made by ({error!r}). Remove it, and segment again."
+        ) from error
+    bundle = re.fullmatch(r"cardiac_(.+)_segmentation", by)
     if bundle and bundle[1] != model:
         raise ValueError(
             f"{record}: segmented by the {bundle[1]}, and a detector belongs to one network. Give its maps to "
             f"--segmentation_model {bundle[1]}, or maps of the {model}."
         )
-    if made["map"] != map or (map == "bmap" and made["samples"] < 2):
+    if made_map != map or (map == "bmap" and samples < 2):
         raise ValueError(
-            f"{record}: segmented for the {made['map']} with {made['samples']} samples, which does not go with the "
+            f"{record}: segmented for the {made_map} with {samples} samples, which does not go with the "
             f"{map}. Segment with --map {map}" + (" and two samples or more." if map == "bmap" else ".")
         )

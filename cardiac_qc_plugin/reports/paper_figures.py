@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cardiac_qc_plugin.data.predictions import MAP_NAMES
-from cardiac_qc_plugin.workflows.files import write_file, write_rows
+from cardiac_qc_plugin.workflows.files import read_rows, write_file, write_rows
 
-from .paper_tables import PAIRS, Experiment, by_run, listed, network_name, read_rows
+from .paper_tables import PAIRS, Experiment, by_run, listed, network_name
 
 __all__ = ["FIGURES", "draw"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.statistics import mean_sd
-from cardiac_qc_plugin.workflows.files import read_json
+from cardiac_qc_plugin.workflows.files import read_json, read_rows
 
 __all__ = [
     "CELLS",
@@ -274,8 +274,7 @@ def sample_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
 
 def pooled(cases: Path, metric: str) -> dict[str, Any]:
     """Mean and standard deviation of a metric over the structures of all cases."""
-    rows = read_rows(cases)
-    values = [float(row[f"{metric}_{name}"] or "nan") for row in rows for name in ("LV", "RV", "LVM")]
+    values = [float(row[f"{metric}_{name}"] or "nan") for row in read_rows(cases) for name in ("LV", "RV", "LVM")]
     spread = mean_sd(values)
     return {"mean": spread.mean, "sd": spread.sd, "n": spread.n}
 
@@ -297,11 +296,3 @@ def cluster_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
         for (model, loss, map, _), experiment in by_run(experiments, "labels").items()
         for row in read_rows(experiment.folder / "cluster.csv")
     ]
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, none where there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))

@@ -161,13 +161,10 @@ def draw_sheet(folder: Path, qc: Mapping[str, Any]) -> Sheet:
 
 
 def _regions(painted: np.ndarray, detection: Mapping[str, Any], grid: Sequence[float]) -> list[dict[str, Any]]:
-    """Regions that reach the lowest threshold, the most probable failure first, with ``level``: how many they reach.
-
-    Compared in single precision, as the regions were flagged.
-    """
+    """Regions that reach the lowest threshold, the most probable failure first, with ``level``: how many they reach."""
     cells = region_grid(detection["boxes"], painted.shape, detection["region_size"])
     _, regions = flagged_region_map(painted, cells, grid[0])
-    probabilities = np.array([region["probability"] for region in regions], painted.dtype)
+    probabilities = np.array([region["probability"] for region in regions])
     levels = sum((probabilities >= threshold).astype(int) for threshold in grid)
     return [region | {"level": level} for region, level in zip(regions, levels.tolist(), strict=True)]
 

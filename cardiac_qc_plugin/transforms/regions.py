@@ -171,8 +171,11 @@ class RegionGrid:
         return [(slice(*rows), slice(*cols), z) for rows, cols, z in places]
 
     def read(self, painted: np.ndarray) -> np.ndarray:
-        """What `paint_regions` painted into a volume (H, W, D), of each region, (N,)."""
-        return painted[self.rows[:, 0], self.cols[:, 0], self.slices]
+        """What `paint_regions` painted into a volume (H, W, D), of each region, (N,).
+
+        In double precision, whatever the volume's: NumPy would round a threshold to single precision before comparing.
+        """
+        return painted[self.rows[:, 0], self.cols[:, 0], self.slices].astype(float)
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """Mean of a map (H, W, D) over each region's pixels, (N,)."""
@@ -323,7 +326,7 @@ class FlagRegionsd(MapTransform):
                 "region_size": self.region_size,
                 "boxes": [list(box) for box in boxes],
                 "n_regions": grid.slices.size,
-                "expected_failing_regions": float(grid.read(painted).sum(dtype=float)),
+                "expected_failing_regions": float(grid.read(painted).sum()),
                 "flagged_slices": sorted({record["slice"] for record in records}),
                 "regions": records,
             }

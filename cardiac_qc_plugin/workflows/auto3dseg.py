@@ -1,7 +1,6 @@
 """MONAI's Auto3DSeg over a datalist with our algorithm templates, and its ensemble as a stage of the pipeline."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,15 +30,13 @@ def check_datalist(datalist: str | Path, root: str | Path) -> int:
     """Number of folds of a datalist, all of whose training items are there.
 
     Raises:
-        ValueError: if it is no datalist, has no folds, misses one, or lists a file that is missing.
+        ValueError: as `read_fold`; or if it has no folds, or misses one.
     """
-    items = read_json(Path(datalist)).get("training", [])
-    if not items or not all({"image", "label", "fold"} <= set(item) for item in items):
-        raise ValueError(f"{datalist}: 'training' has to list items with image, label and fold.")
-    folds = Counter(item["fold"] for item in items)
-    if len(folds) < 2 or sorted(folds) != list(range(len(folds))):
-        raise ValueError(f"{datalist}: folds have to be 0, 1 and so on without gaps, two or more; got {sorted(folds)}.")
-    read_fold(datalist, root, 0)  # complains of files that are not there
+    items, _ = read_fold(datalist, root, -1)
+    folds = {item.get("fold") for item in items}
+    if len(folds) < 2 or folds != set(range(len(folds))):
+        listed = sorted(folds, key=str)
+        raise ValueError(f"{datalist}: folds have to be 0, 1 and so on without gaps, two or more; got {listed}.")
     return len(folds)
 
 

@@ -52,6 +52,7 @@ class Cine:
         volume_ml: volumes by phase and structure. Where end-diastole and end-systole were segmented once more with
             samples, these are the volumes before, for a curve that is made alike.
         source: ``dicom.json``'s content, for a cine from DICOM.
+        notes: what was odd about the input, and why phases are missing.
     """
 
     def __init__(self, name: str, phases: Mapping[int, dict[str, Any]], given: Given, output: Path) -> None:
@@ -61,6 +62,7 @@ class Cine:
         self.folder = output / name
         record = self.folder / "dicom.json"
         self.source = read_json(record) if record.is_file() else {}
+        self.notes = list(self.source.get("notes", []))
 
     def volumes(self, structure: str) -> list[float]:
         return [volumes[structure] for volumes in self.volume_ml.values()]
@@ -204,7 +206,7 @@ def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:
         "ed_es": origin(chosen, cine.given),
         "found": dict(zip(("ed_phase", "es_phase"), cine.find(), strict=True)),
         "subject": subject,
-        "notes": cine.source.get("notes", []),
+        "notes": cine.notes,
         "jumps": find_jumps(cine),
         "curve": curve,
     }

@@ -89,7 +89,7 @@ def correct(
 
     def correct_case(case: str, folder: Path) -> dict[str, Any]:
         record = output / case / CORRECTION_FILE
-        if edited is None and record.is_file() and read_json(record)["kind"] != "simulated":
+        if edited is None and record.is_file() and read_json(record).get("kind") != "simulated":
             raise ValueError(
                 f"{record}: an expert's correction, which a simulated one must not replace. Write elsewhere."
             )

@@ -86,7 +86,11 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
         read = lru_cache(maxsize=64)(partial(dcmread, stop_before_pixels=True, force=True))
         written, failures = 0, {}
         for record in records:
-            images = read_json(record).get("images", [])
+            try:
+                images = read_json(record).get("images", [])
+            except ValueError as error:
+                failures[record.parent.name] = str(error)
+                continue
             folders = sorted(record.parent.glob("phase*")) or [record.parent]
             if len(folders) != len(images):
                 failures[record.parent.name] = f"{len(folders)} phase(s), but {record} has {len(images)}. Run it again."

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "file_sha256",
     "read_json",
     "read_like",
+    "read_rows",
     "read_volume",
     "without_nan",
     "write_csv",
@@ -124,14 +125,20 @@ class OutputError(OSError):
     """A result could not be written: the folder cannot be written to, or the disk is full."""
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name in the same folder, then rename; nothing is left behind on failure."""
+def write_file(path: Path, write: Callable[[Path], Any], place: Callable[[Path, Path], None] = os.replace) -> None:
+    """Write under a temporary name in the same folder, then rename; nothing is left behind on failure.
+
+    Args:
+        path: the file.
+        write: writes what it is to hold, under the name that it is given.
+        place: gives the complete file, at its first argument, the name that is its second.
+    """
     # unique among the nodes that share a folder; the suffix decides nibabel's compression
     temporary = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        os.replace(temporary, path)
+        place(temporary, path)
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "a file is where its folder should be" if in_the_way else error.strerror or error
@@ -200,19 +207,41 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        ValueError: if the file is missing or damaged; the message names it.
+        ValueError: if the file is missing or damaged, or holds something else; the message names it.
     """
     if not path.is_file():
         hint = " Give the output folder of run." if path.name == "qc.json" else ""
         raise ValueError(f"{path}: no such file.{hint}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of an object")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as JSON ({error}). Remove it, and run the command again that wrote it."
+        ) from error
+    return content
+
+
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file, one after another; none where there is no file.
+
+    Raises:
+        ValueError: if it is damaged; the message names it.
+    """
+    if not path.is_file():
+        return
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            yield from csv.DictReader(stream)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as CSV ({error}). Remove it, and run the command again that wrote it."
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

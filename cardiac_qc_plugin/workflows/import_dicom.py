@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,11 +63,11 @@ def gather_scans(
     if not files:
         if path.exists() and (series or name_by != "study"):
             raise ValueError(f"{path}: --series and --name_by are for DICOM, and no file is. Leave them out.")
-        return Inputs(find_scans(path, root, fold))
+        return Inputs(find_scans(path, root, fold, output))
     inputs = import_dicom(files, Path(output), series, name_by)
     if path.is_dir():
         with suppress(NoScans):
-            inputs.scans += find_scans(path)
+            inputs.scans += find_scans(path, output=output)
     write_skipped(Path(output) / "skipped_series.csv", inputs.skipped)
     if not inputs.scans and not inputs.failures:
         listed = "".join(f"\n  {item}" for item in inputs.skipped)
@@ -162,23 +163,23 @@ def _claim(record: Path, stack: Stack) -> None:
     Raises:
         ValueError: if it is another's.
     """
+    if not record.is_file():
+        write_file(record, lambda temporary: temporary.write_text(json.dumps(_series(stack))), _name_unless_taken)
+    if any(read_json(record).get(key) != uid for key, uid in _series(stack).items()):
+        raise ValueError(
+            f"{record.parent} holds another series of that name. Name the cases by --name_by study, or choose "
+            "another output folder."
+        )
+
+
+def _name_unless_taken(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, where no other has it."""
     try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with open(record, "x", encoding="utf-8") as stream:
-            try:
-                stream.write(json.dumps(_series(stack)))
-                stream.flush()
-            except OSError:
-                record.unlink(missing_ok=True)  # half written, it would be nobody's
-                raise
+        os.link(temporary, path)
     except FileExistsError:
-        if any(read_json(record).get(key) != uid for key, uid in _series(stack).items()):
-            raise ValueError(
-                f"{record.parent} holds another series of that name. Name the cases by --name_by study, or choose "
-                "another output folder."
-            ) from None
-    except OSError as error:
-        raise OutputError(error.errno, f"cannot write {record}: {error.strerror or error}") from error
+        pass
+    except OSError:  # a file system without links: two processes at the very same time could both get the name
+        os.replace(temporary, path)
 
 
 def _record(stack: Stack) -> dict[str, Any]:

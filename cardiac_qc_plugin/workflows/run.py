@@ -37,7 +37,7 @@ from .files import (
     write_like,
 )
 from .overlap import Overlap
-from .table import write_table_of_run
+from .table import TABLE, write_table_of_run
 from .urgency import scores, urgencies
 
 __all__ = ["CaseFailures", "load_predictors", "run"]
@@ -168,13 +168,16 @@ class CaseRecord:
     The entries and files of a stage and those after it are removed before the stage starts; its entry comes back when
     its files are complete. So an interrupted stage never counts as done, and no later stage reads what is out of date.
 
+    What covers all cases goes too, with the detection of one: it describes what is there no more.
+
     Args:
-        folder: the case's folder.
+        output: the run's output folder.
+        case: name of the case, and of its folder in there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / "qc.json"
+    def __init__(self, output: Path, case: str) -> None:
+        self.output, self.folder = output, output / case
+        self.path = self.folder / "qc.json"
         self.qc: dict[str, Any] = {"stages": {}}
         if self.path.is_file():
             self.qc |= read_json(self.path)
@@ -202,6 +205,9 @@ class CaseRecord:
     def invalidate(self, name: str) -> None:
         """Forget a stage and those after it: their entries first, then their files."""
         later = list(STAGES)[list(STAGES).index(name) :]
+        if "detection" in self.qc["stages"]:
+            for file in ("worklist.csv", PAGE, TABLE):
+                (self.output / file).unlink(missing_ok=True)
         for stage in later:
             self.qc["stages"].pop(stage, None)
             self.qc.pop(stage, None)
@@ -231,8 +237,8 @@ def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predict
 
     With ``accepted``, a result of these other predictors that is there will do.
     """
-    folder = output / scan.case
-    record = CaseRecord(folder)
+    record = CaseRecord(output, scan.case)
+    folder = record.folder
     try:
         volume = read_volume(scan.path, scan.frame)
     except ValueError:
@@ -386,10 +392,12 @@ def process(
     cines = group_cines(cases, output, given)
     chosen = {}
     for cine in cines:
+        cine.notes += [f"{case}: {reason}" for case, reason in failures if case.rpartition("/phase")[0] == cine.name]
         try:
             chosen[cine.name] = plan_phases(cine, plans[cine.name]) if cine.name in plans else choose_phases(cine)
         except ValueError as error:
             chosen[cine.name] = None, None
+            cine.notes.append(str(error))
             failures.append((cine.name, str(error)))
     return cases, failures, write_cines(cines, chosen)
 
@@ -437,7 +445,7 @@ def run(
             raise ValueError(f"No cine has a phase {phase}, but {min(phases)} to {max(phases)}. See --ed and --es.")
     output.mkdir(parents=True, exist_ok=True)
     cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
-    failures = [*failures, *broken]
+    failures = sorted([*failures, *broken])  # by name, as a cohort's, whatever failed first
     write_indices(output / "indices.csv", records)
     if detector is not None:
         write_table_of_run(output, cases, failures, records)

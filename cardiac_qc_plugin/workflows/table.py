@@ -1,6 +1,5 @@
 """The cohort's result as one Parquet table: a row for each case, which of a cine is each phase."""
 
-import csv
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from cardiac_qc_plugin.data.inputs import PHASE
 
 from .cine import STRUCTURES, named_indices, table_row
-from .files import read_json, write_file
+from .files import read_json, read_rows, write_file
 from .references import Outcome, patient_and_phase
 
 __all__ = ["case_row", "failed_case_row", "table", "with_heart", "write_table", "write_table_of_run"]
@@ -157,13 +156,10 @@ def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
     worklist, record = folder / "worklist.csv", folder / "quarantine.json"
     quarantined = read_json(record) if record.is_file() else {}
     broken = set()
-    if worklist.is_file():
-        with open(worklist, newline="", encoding="utf-8") as stream:
-            failed = (row for row in csv.DictReader(stream) if row["status"] != "done")
-            for row in failed:
-                status = "quarantined" if row["case"] in quarantined else "failed"
-                broken.add(row["case"])
-                yield failed_case_row(row["case"], row["message"], status)
+    for row in (row for row in read_rows(worklist) if row["status"] != "done"):
+        status = "quarantined" if row["case"] in quarantined else "failed"
+        broken.add(row["case"])
+        yield failed_case_row(row["case"], row["message"], status)
     for record in folder_records(folder):
         qc = read_json(record)
         if qc["case"] in broken:  # what was done before it failed
@@ -180,5 +176,5 @@ def folder_records(folder: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir():
             yield from folder_records(folder / entry.name)
-        elif entry.name == "qc.json" and "segmentation" in read_json(folder / "qc.json")["stages"]:
+        elif entry.name == "qc.json" and "segmentation" in read_json(folder / "qc.json").get("stages", {}):
             yield folder / "qc.json"

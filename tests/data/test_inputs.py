@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cardiac_qc_plugin.checkpoints import check_version
 from cardiac_qc_plugin.data.folds import hold_out, read_fold
 from cardiac_qc_plugin.data.inputs import NoScans, find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
+from cardiac_qc_plugin.workflows.files import read_json
+from cardiac_qc_plugin.workflows.table import folder_rows
 
 TINY = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
 
@@ -52,7 +55,16 @@ def test_nothing_there(tmp_path):
         find_scans(tmp_path / "missing.nii.gz")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"training": [{"label": "x"}]}'])
+def test_what_an_interrupted_run_left_is_no_scan(tmp_path):
+    """Its folder has no record yet. An output that is the input itself is searched, of course."""
+    write_phantom(tmp_path, "heart", TINY, phases={"ed": 0.0}, with_labels=False)
+    write_phantom(tmp_path / "out" / "heart_ed", "image", TINY, phases={"ed": 0.0}, with_labels=False)
+    assert [scan.case for scan in find_scans(tmp_path)] == ["heart_ed", "image_ed"]
+    assert [scan.case for scan in find_scans(tmp_path, output=tmp_path / "more" / ".." / "out")] == ["heart_ed"]
+    assert [scan.case for scan in find_scans(tmp_path, output=tmp_path)] == ["heart_ed", "image_ed"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
 def test_not_a_datalist(tmp_path, content):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(ValueError, match="not a MONAI datalist"):
@@ -107,10 +119,10 @@ def test_manifests_with_numbers(tmp_path):
 def test_a_row_without_an_image_is_named(tmp_path, rows):
     (tmp_path / "a.nii.gz").touch()
     (tmp_path / "list.csv").write_text(f"image,case\n{rows}")
-    with pytest.raises(ValueError, match="list.csv: not a manifest.*item 2 names no image: give its file"):
+    with pytest.raises(ValueError, match="list.csv: item 2 names no image. Give its file, .* a manifest"):
         list(input_files(tmp_path / "list.csv"))
     (tmp_path / "list.json").write_text('{"a": [{"image": "a.nii.gz", "fold": 0}, {"image": null, "fold": 1}]}')
-    with pytest.raises(ValueError, match="list.json: not a MONAI datalist.*item 2 names no image"):
+    with pytest.raises(ValueError, match="list.json: item 2 names no image"):
         list(input_files(tmp_path / "list.json"))
     assert [file.name for file in input_files(tmp_path / "list.json", fold=0)] == ["a"]
 
@@ -118,7 +130,7 @@ def test_a_row_without_an_image_is_named(tmp_path, rows):
 @pytest.mark.parametrize("case", ["../evil", "/tmp/evil", "."])
 def test_a_case_outside_the_output_is_refused(tmp_path, case):
     (tmp_path / "list.csv").write_text(f"image,case\na.nii.gz,{case}\n")
-    with pytest.raises(ValueError, match=f"list.csv: not a manifest.*'{case}' is no name of a folder below"):
+    with pytest.raises(ValueError, match=f"list.csv: the case '{case}' is no name of a folder below"):
         find_scans(tmp_path / "list.csv")
 
 
@@ -207,3 +219,51 @@ def test_predictions_that_are_missing(tmp_path):
         with_predictions([{"image": "x/case1.nii.gz"}], tmp_path, "bmap", "drn")
     with pytest.raises(ValueError, match="Unknown uncertainty map 'std'"):
         with_predictions([], tmp_path, "std", "drn")
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"segmentation": {"map": "bm', b"[1]", b"{}", b'{"segmentation": 3}', b"\xff\xfe"]
+)
+def test_damaged_records_are_named(content, tmp_path):
+    """Truncated, no object, without what is needed, no text."""
+    case, metadata = tmp_path / "heart", tmp_path / "bundle" / "configs" / "metadata.json"
+    for path in (case / "segmentation.nii.gz", case / "bayesian.nii.gz", case / "qc.json", metadata):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"heart/qc.json: .*Remove it, and segment again\."):
+        with_predictions([{"image": str(tmp_path / "heart.nii.gz")}], tmp_path, "bmap", "drn")
+    with pytest.raises(ValueError, match=r"metadata.json: not the metadata of a bundle"):
+        check_version(tmp_path / "bundle")
+    if content not in (b"{}", b'{"segmentation": 3}'):
+        with pytest.raises(ValueError, match=r"qc.json: cannot be read as JSON .*Remove it, and run the command again"):
+            read_json(case / "qc.json")
+
+
+@pytest.mark.parametrize("item", [5, "heart.nii.gz", None, {"image": "a"}, {"image": "a", "label": ["a", "a"]}])
+def test_an_item_of_a_datalist_that_cannot_be_trained_on_is_named(item, tmp_path):
+    (tmp_path / "a").touch()
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a", "label": "a"}, item]}))
+    with pytest.raises(ValueError, match=r"list.json: item 2 of 'training' has to name a file .* and is "):
+        read_fold(tmp_path / "list.json", tmp_path, -1)
+
+
+def test_lists_that_are_no_items(tmp_path):
+    """Names and numbers of classes, as datalists have them; and an item without an image."""
+    items = {"classes": [0, 1, 2], "names": ["LV"], "spacing": [1.4, 1.4], "training": [{"image": "a.nii.gz"}]}
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "list.json").write_text(json.dumps(items))
+    assert [scan.case for scan in find_scans(tmp_path / "list.json")] == ["a"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz"}, {"label": "a.nii.gz"}]}))
+    with pytest.raises(ValueError, match="list.json: item 2 names no image"):
+        find_scans(tmp_path / "list.json")
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    """The csv module's own error, which is no ValueError."""
+    line = "x" * 200_000
+    (tmp_path / "list.csv").write_text(f"image\na.nii.gz\n{line}\n")
+    with pytest.raises(ValueError, match=r"list.csv: not a manifest.*field larger than"):
+        find_scans(tmp_path / "list.csv")
+    (tmp_path / "worklist.csv").write_text(f"case,status,message\nheart,failed,{line}\n")
+    with pytest.raises(ValueError, match=r"worklist.csv: cannot be read as CSV .*field larger than.*Remove it"):
+        list(folder_rows(tmp_path))

@@ -1,9 +1,12 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cardiac_qc_plugin.metrics.detection import operating_point
 from cardiac_qc_plugin.transforms.regions import (
     crop_box,
     crop_slice,
@@ -14,6 +17,7 @@ from cardiac_qc_plugin.transforms.regions import (
     region_labels,
     uncrop_slice,
 )
+from cardiac_qc_plugin.workflows.operating_point import volume_detection
 
 
 @st.composite
@@ -253,3 +257,15 @@ def test_flagged_region_map_errors(probability, threshold, message):
 def test_too_many_regions_for_the_map():
     with pytest.raises(ValueError, match="65536 regions"):
         flagged([np.ones((256, 256))], [(0, 256, 0, 256)], (256, 256, 1), 0.5, 1)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7, 0.9])  # of these, 0.7 and 0.9 are above the nearest float32
+def test_what_is_flagged_is_what_is_judged(threshold):
+    """At a tie in single precision, which files and networks have, against exact arithmetic."""
+    painted = np.full((8, 8, 1), threshold, np.float32)
+    expected = Fraction(float(np.float32(threshold))) >= Fraction(threshold)
+    assert expected == (threshold < 0.5)
+    region_map, records = flagged_region_map(painted, region_grid([(0, 8, 0, 8)], painted.shape, 8), threshold)
+    assert bool(records) == bool(region_map.any()) == expected
+    judged = volume_detection(painted, np.ones(painted.shape), [(0, 8, 0, 8)], 8)
+    assert operating_point([judged], threshold).regions_flagged == expected

@@ -8,7 +8,7 @@ import pytest
 from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.bundle import BundlePredictor
-from cardiac_qc_plugin.data.inputs import find_scans
+from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.reports.cine import describe_cine
 from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, plan_phases, write_cines, write_indices
@@ -210,3 +210,21 @@ def test_a_corrected_info_makes_a_new_plan(bundles, tmp_path):  # noqa: F811
         record = json.loads((tmp_path / "out" / "heart_4d" / "cine.json").read_text())
         assert (record["ed_phase"], record["es_phase"], record["ed_es"]) == (0, es - 1, "given")
         assert cases[es - 1]["segmentation"]["map"] == "bmap"
+
+
+def test_what_became_of_missing_phases_is_noted(bundles, tmp_path):  # noqa: F811
+    """A phase that cannot be read, here end-diastole, and why there are no indices then."""
+    for frame in range(4):
+        phantom = ShortAxisPhantom(seed=1, shape=(40, 40), n_slices=2, spacing=(4.0, 4.0, 20.0))
+        written = write_phantom(tmp_path / "in", f"p{frame}", phantom, with_labels=False)
+        path = tmp_path / "in" / f"phase{frame:02d}.nii.gz"
+        next(iter(written.values())).rename(path)
+    path.write_bytes(b"no image")
+    scans = [Scan(f"heart/phase{frame:02d}", tmp_path / "in" / f"phase{frame:02d}.nii.gz") for frame in range(4)]
+    with pytest.raises(CaseFailures) as error:
+        run(scans, tmp_path / "out", *predictors(bundles, "emap", 0), given=(3, None))
+    record = json.loads((tmp_path / "out" / "heart" / "cine.json").read_text())
+    assert record["ed_phase"] is None and len(record["cases"]) == 3
+    lost, reason = dict(error.value.failures)["heart/phase03"], dict(error.value.failures)["heart"]
+    assert record["notes"] == [f"heart/phase03: {lost}", reason] and "phase03.nii.gz: not a NIfTI image" in lost
+    assert "not a NIfTI image" in (tmp_path / "out" / "report.html").read_text()

@@ -76,7 +76,7 @@ def test_manifest(tmp_path, suffix):
 
 def test_manifest_without_images(tmp_path):
     (tmp_path / "list.csv").write_text("file\na.nii\n")
-    with pytest.raises(ValueError, match=r"list\.csv: not a manifest, which is a table with a column 'image'"):
+    with pytest.raises(ValueError, match=r"list\.csv: item 1 names no image\. .* a table with a column 'image'"):
         list(input_files(tmp_path / "list.csv"))
 
 
@@ -117,6 +117,16 @@ def test_worklist_puts_the_most_urgent_first(journal):
     add(5, "e", urgency=7.0, region_failure=2.5)
     assert [row["case"] for row in journal.worklist()] == ["d", "a", "e", "b", "c"]
     assert next(iter(journal.most_urgent(1)))[0] == "a"
+
+
+def test_what_failed_comes_first_and_by_name(journal):
+    """As on one machine, where a cine's own failure comes after those of all phases."""
+    for number, (case, status) in enumerate((("z", "failed"), ("m", "done"), ("a", "quarantined")), start=1):
+        row = {"case": case, "status": status, "message": f"{case} broke", "urgency": 0.1}
+        journal.add_case(number, 0, row, row)
+    assert [row["case"] for row in journal.worklist()] == ["a", "z", "m"]
+    assert [row["case"] for row, _ in journal.rows()] == ["a", "z", "m"]
+    assert list(journal.failures()) == [("a", "a broke"), ("z", "z broke")]
 
 
 def test_causes_are_counted():

@@ -143,6 +143,10 @@ def test_what_cannot_be_done_is_said(tmp_path):
     outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
     ((case, message),) = outcome.failures.items()
     assert case.endswith("phase00") and "1 of its 5 source images" in message
+    (record,) = (tmp_path / "out").glob("*/dicom.json")
+    record.write_text('{"images": [')
+    ((case, message),) = write_dicom_seg(tmp_path / "out", tmp_path / "in").failures.items()
+    assert case == record.parent.name and f"{record}: cannot be read as JSON" in message
 
 
 def test_an_image_that_cannot_be_opened_is_missing(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """DICOM folders through the pipeline: files, names, what is left out, and no patient's name anywhere."""
 
+import errno
 import gzip
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -86,6 +88,42 @@ def test_a_full_disk_leaves_no_half_written_record(tmp_path, monkeypatch):
             gather_scans(tmp_path / "in", tmp_path / "out")
     assert not list((tmp_path / "out").rglob("dicom.json"))
     assert len(gather_scans(tmp_path / "in", tmp_path / "out").scans) == PHASES
+
+
+def test_a_kill_while_the_folder_is_claimed_leaves_it_to_the_next_run(tmp_path):
+    write(tmp_path / "in", cine())
+    pid = os.fork()
+    if pid == 0:
+        json.dumps = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+        gather_scans(tmp_path / "in", tmp_path / "out")
+    os.waitpid(pid, 0)
+    assert len(list((tmp_path / "out").iterdir())) == 1  # killed within the case's folder
+    assert len(gather_scans(tmp_path / "in", tmp_path / "out").scans) == PHASES
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_links(tmp_path, monkeypatch, code):
+    def refuse(*paths):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.link", refuse)
+    test_another_patient_of_the_same_name_is_refused(tmp_path)
+
+
+def test_a_name_that_is_taken_meanwhile(tmp_path, monkeypatch):
+    """By another process, after the look whether it is free."""
+    for patient, number in (("A", "1"), ("B", "2")):
+        write(tmp_path / patient / "SAX", cine(lambda z, t, number=number: {"StudyInstanceUID": f"{ROOT}9.{number}"}))
+    link = os.link
+
+    def later(temporary, path):
+        monkeypatch.setattr("os.link", link)
+        assert gather_scans(tmp_path / "B", tmp_path / "out", name_by="folder").scans
+        link(temporary, path)
+
+    monkeypatch.setattr("os.link", later)
+    inputs = gather_scans(tmp_path / "A", tmp_path / "out", name_by="folder")
+    assert not inputs.scans and "holds another series of that name" in inputs.failures[0][1]
 
 
 def test_phases_that_are_gone_leave_no_folder(tmp_path):

@@ -108,9 +108,13 @@ def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_
     (qc,) = run(find_scans(scan), tmp_path, predictors[0], detector)
     assert maps.stat().st_mtime_ns == first  # the segmentation still holds
     assert qc["detection"]["threshold"] == 0.01
+    summaries = [tmp_path / name for name in ("worklist.csv", "report.html", "cases.parquet")]
+    there = [path.exists() for path in summaries]
+    run(find_scans(scan), tmp_path, predictors[0], None)
+    assert there[:2] == [True, True] == [path.exists() for path in summaries][:2]  # of these very segmentations
     other = BundlePredictor(bundles / "cardiac_dn_segmentation", "cpu", samples=3, amp=False)
     (qc,) = run(find_scans(scan), tmp_path, other, None)
-    assert "detection" not in qc and "scores" not in qc
+    assert "detection" not in qc and "scores" not in qc and not any(path.exists() for path in summaries)
     assert not (tmp_path / "oblique" / "failure_regions.nii.gz").exists()  # they belonged to another segmentation
     run(find_scans(scan), tmp_path, *predictors)
     maps.unlink()
@@ -297,14 +301,14 @@ def test_broken_scans_are_named_and_the_others_finished(predictors, tmp_path):
         write(folder / f"{name}.nii.gz")
     save(folder / "sound.nii.gz", stack())
     with pytest.raises(CaseFailures) as caught:
-        run(find_scans(folder), tmp_path / "out", *predictors)
+        run(find_scans(folder)[::-1], tmp_path / "out", *predictors)
     reasons = dict(caught.value.failures)
-    assert set(reasons) == set(BROKEN)
+    assert list(reasons) == sorted(BROKEN)
     for name, (_, message) in BROKEN.items():
         assert message in reasons[name] and f"{name}.nii.gz" in reasons[name], reasons[name]
     check_files(tmp_path / "out" / "sound", folder / "sound.nii.gz")
     worklist = pd.read_csv(tmp_path / "out" / "worklist.csv", keep_default_na=False)
-    assert set(worklist[worklist["status"] == "failed"]["case"]) == set(BROKEN)
+    assert list(worklist[worklist["status"] == "failed"]["case"]) == sorted(BROKEN)
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in BROKEN)
 

@@ -298,15 +298,15 @@ def causes(failures: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def cohort_files(source: Path, root: str | Path | None, fold: int | None) -> Iterator[InputFile]:
+def cohort_files(source: Path, root: str | Path | None, fold: int | None, output: str | Path) -> Iterator[InputFile]:
     """Files as :func:`~cardiac_qc_plugin.data.inputs.input_files` has them; a folder with DICOM files is one more."""
     if source.suffix in READERS or not dicom_files(source):
-        yield from input_files(source, root, fold)
+        yield from input_files(source, root, fold, output)
         return
     check_list_options(source, root, fold)
     yield InputFile(source)
     if source.is_dir():
-        yield from map(InputFile, folder_files(source))
+        yield from map(InputFile, folder_files(source, output))
 
 
 def run_cohort(
@@ -347,7 +347,7 @@ def run_cohort(
     store = open_store(output)
     with tempfile.TemporaryDirectory(prefix="cardiac_qc_") as temporary:
         journal = Journal(Path(temporary) / "journal.db")
-        journal.add_files(cohort_files(Path(source), root, fold))
+        journal.add_files(cohort_files(Path(source), root, fold, output))
         run = Run(store, journal, Deaths(store, tries), curve)
         with connected(cluster) as ray:
             pool = WorkerPool(ray, make, cluster)

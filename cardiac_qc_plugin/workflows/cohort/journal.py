@@ -22,6 +22,7 @@ CREATE TABLE cases (
 );
 CREATE TABLE hearts (name TEXT PRIMARY KEY, file INTEGER, is_pair INTEGER, row TEXT);
 """
+FAILED_BY_NAME = "CASE WHEN status != 'done' THEN cases.name END, CASE WHEN status != 'done' THEN message END"
 DOUBLED = "SELECT name FROM files GROUP BY name HAVING COUNT(*) > 1"
 SCATTERED = "SELECT heart FROM files GROUP BY heart HAVING COUNT(DISTINCT folder) > 1"
 
@@ -96,10 +97,10 @@ class Journal:
         return ((file, heart, json.loads(cases)) for file, heart, cases in found)
 
     def rows(self) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-        """The table: each case's row, and its heart's line."""
+        """The table, what failed first: each case's row, and its heart's line."""
         found = self.db.execute(
-            """SELECT cases.row, hearts.row FROM cases LEFT JOIN hearts ON cases.heart = hearts.name
-               ORDER BY cases.file, cases.number"""
+            f"""SELECT cases.row, hearts.row FROM cases LEFT JOIN hearts ON cases.heart = hearts.name
+               ORDER BY cases.status = 'done', {FAILED_BY_NAME}, cases.file, cases.number"""
         )
         return ((json.loads(row), heart and json.loads(heart)) for row, heart in found)
 
@@ -118,15 +119,15 @@ class Journal:
         """Rows of the worklist: what failed, then the others, the most urgent first."""
         found = self.db.execute(
             f"""SELECT worklist, status, {self.urgency} FROM cases
-                ORDER BY status = 'done', {self.urgency} DESC, file, number"""
+                ORDER BY status = 'done', {FAILED_BY_NAME}, {self.urgency} DESC, file, number"""
         )
         for rank, (row, status, urgency) in enumerate(found, start=1):
             chosen = {"urgency": round(urgency, 4)} if status == "done" else {}
             yield {"rank": rank, **json.loads(row), **chosen}
 
     def failures(self) -> Iterator[tuple[str, str]]:
-        """Case and message of what failed."""
-        found = "SELECT name, message FROM cases WHERE status != 'done' ORDER BY file, number"
+        """Case and message of what failed, by name."""
+        found = "SELECT name, message FROM cases WHERE status != 'done' ORDER BY name, message"
         return iter(self.db.execute(found))
 
     def most_urgent(self, limit: int) -> list[tuple[str, str | None, float]]:

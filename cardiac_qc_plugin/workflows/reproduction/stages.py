@@ -93,7 +93,7 @@ class Stage:
         """Digest of its inputs and files together, None while it is not done."""
         if self._fingerprint is None and all(need.fingerprint() for need in self.needs) and self.record.is_file():
             record = read_json(self.record)
-            if record["digest"] == self.digest() and record["outputs"] == self.hashes():
+            if record.get("digest") == self.digest() and record.get("outputs") == self.hashes():
                 self._fingerprint = hashlib.sha256(json.dumps(record["outputs"]).encode()).hexdigest()
                 self._fingerprint += record["digest"]
         return self._fingerprint
