@@ -110,7 +110,7 @@ def test_display_is_transposed_and_mirrored_axes_are_turned_round(tmp_path):
         ("RAS", [True, True]),
         ("IRA", [False, False]),  # Sunnybrook's: turning one axis alone would show the slice from the base
         ("IRP", [False, False]),
-        ("ILP", [True, False]),
+        ("ILP", [False, True]),  # and as dcm2niix makes it of the former
     ],
 )
 def test_slices_are_seen_from_the_apex(axes, turned):
@@ -134,6 +134,8 @@ def test_stacks_a_quarter_turn_from_the_usual_view_stay_as_stored(degrees, turne
     affine[:3, 1] = np.cos(angle) * down - np.sin(angle) * right
     affine[:3, 2] = [0.62, -0.67, 0.41]
     assert mirrored_axes(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), affine)) == [turned, turned]
+    affine[:3, 1] *= -1  # as dcm2niix turns it: the same picture
+    assert mirrored_axes(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), affine)) == [turned, not turned]
 
 
 def test_contours_lie_at_the_border_of_each_class(tmp_path):

@@ -94,16 +94,17 @@ def mirrored_axes(image: nib.Nifti1Image) -> list[bool]:
     """Which of the first two axes to turn round, so that a slice is seen from the apex.
 
     Of the two ways the one that has more of the patient's left and back to the right, and of back and feet below. A
-    stack that lies a quarter turn from that, as some scanners store it, has it neither way, and stays as a reader knows
-    it from the scanner. As stored, too, where the header does not say how the image lies in the patient.
+    stack that lies a quarter turn from that, as some scanners store it, has it neither way, and is shown as a reader
+    knows it from the scanner; converters turn the second axis only. As stored, where the header does not say how the
+    image lies in the patient.
     """
     if not says_how_it_lies(image.header):
         return [False, False]
     axes = image.affine[:3, :2] / np.linalg.norm(image.affine[:3, :2], axis=0)
-    toward = axes[:, 0] @ (-1, -1, 0), axes[:, 1] @ (0, -1, -1)
-    if seen_from_base(image.affine, image.header):
-        return [True, False] if toward[0] <= toward[1] else [False, True]
-    return [bool(sum(toward) < -1)] * 2  # 2 or more in the usual view, about 0 after a quarter turn
+    right, down = axes[:, 0] @ (-1, -1, 0), axes[:, 1] @ (0, -1, -1)
+    mirrored = seen_from_base(image.affine, image.header)
+    turned = bool(right + (-down if mirrored else down) < -1)  # 2 or more in the usual view, about 0 a quarter turn off
+    return [turned, turned != mirrored]
 
 
 def operating_grid(threshold: float) -> list[float]:
