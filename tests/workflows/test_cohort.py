@@ -265,16 +265,17 @@ def test_dicom_files_of_a_folder_are_a_task_of_their_own(world, tmp_path, monkey
     write(study / "single", cine(lambda z, t: other, phases=1, slices=1))
     file = world / "data" / "patient001" / "patient001_frame01.nii.gz"
     (study / file.name).write_bytes(file.read_bytes())
-    assert [one.path for one in cohort_files(study, None, None, tmp_path / "out")] == [study, study / file.name]
+    store = open_store(f"file://{tmp_path}/out")
+    assert [one.path for one in cohort_files(study, None, None, store)] == [study, study / file.name]
     (study / file.name).unlink()
-    assert [one.path for one in cohort_files(study, None, None, tmp_path / "out")] == [study]
+    assert [one.path for one in cohort_files(study, None, None, store)] == [study]
     image = next((study / "cine").iterdir())
-    assert [one.path for one in cohort_files(image, None, None, tmp_path / "out")] == [image]
+    assert [one.path for one in cohort_files(image, None, None, store)] == [image]
     with pytest.raises(ValueError, match="no such file"):
-        list(cohort_files(tmp_path / "none", None, None, tmp_path / "out"))
+        list(cohort_files(tmp_path / "none", None, None, store))
     made = CohortWorker(str(tmp_path / "out"), loader(world))(("study", study))
     assert len(made["cases"]) == PHASES and [item.images for item in made["skipped"]] == [1]
-    store, journal = open_store(str(tmp_path / "out")), Journal(tmp_path / "journal.db")
+    journal = Journal(tmp_path / "journal.db")
     journal.add_files([InputFile(study)])
     run = Run(store, journal, Deaths(store, 1))
     run.keep(*next(journal.files()), made)

@@ -11,7 +11,7 @@ import pytest
 
 from cardiac_qc_plugin.data.inputs import find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
-from cardiac_qc_plugin.workflows.cohort.engine import causes
+from cardiac_qc_plugin.workflows.cohort.engine import causes, cohort_files
 from cardiac_qc_plugin.workflows.cohort.journal import Journal
 from cardiac_qc_plugin.workflows.cohort.pool import Cluster, Died, WorkerPool, first_line
 from cardiac_qc_plugin.workflows.cohort.store import FolderStore, UrlStore, open_store
@@ -51,6 +51,19 @@ def test_a_heart_lies_in_one_folder(journal, tmp_path):
     assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == names
     (tmp_path / "list.csv").write_text("image,case\nP1/sax_ed.nii,a_ed\nP2/sax_es.nii,a_es\n")
     assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == ["a_ed", "a_es"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_of_dicom_files_renames_no_scan_in_it(journal, tmp_path, scheme):
+    """Not those named like the folder either; and what an interrupted run left in the output is no scan."""
+    folder = tmp_path / "p01"
+    (folder / "out" / "p02").mkdir(parents=True)
+    for name in ("p01.nii.gz", "p01_ed.nii.gz", "p01_es.nii.gz", "out/p02/image.nii.gz"):
+        (folder / name).touch()
+    (folder / "image").write_bytes(bytes(128) + b"DICM")
+    journal.add_files(cohort_files(folder, None, None, open_store(f"{scheme}{folder}/out")))
+    cases = [scan.case for scan in find_scans(folder, output=folder / "out")]
+    assert [name for _, name, _ in journal.files()][1:] == cases == ["p01", "p01_ed", "p01_es"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -298,15 +298,15 @@ def causes(failures: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def cohort_files(source: Path, root: str | Path | None, fold: int | None, output: str | Path) -> Iterator[InputFile]:
+def cohort_files(source: Path, root: str | Path | None, fold: int | None, store: Store) -> Iterator[InputFile]:
     """Files as :func:`~cardiac_qc_plugin.data.inputs.input_files` has them; a folder with DICOM files is one more."""
     if source.suffix in READERS or not dicom_files(source):
-        yield from input_files(source, root, fold, output)
+        yield from input_files(source, root, fold, str(store))
         return
     check_list_options(source, root, fold)
-    yield InputFile(source)
+    yield InputFile(source, f"DICOM {source.resolve().name}")  # its cases get other names, so it is no file's heart
     if source.is_dir():
-        yield from map(InputFile, folder_files(source, output))
+        yield from map(InputFile, folder_files(source, str(store)))
 
 
 def run_cohort(
@@ -347,7 +347,7 @@ def run_cohort(
     store = open_store(output)
     with tempfile.TemporaryDirectory(prefix="cardiac_qc_") as temporary:
         journal = Journal(Path(temporary) / "journal.db")
-        journal.add_files(cohort_files(Path(source), root, fold, output))
+        journal.add_files(cohort_files(Path(source), root, fold, store))
         run = Run(store, journal, Deaths(store, tries), curve)
         with connected(cluster) as ray:
             pool = WorkerPool(ray, make, cluster)
