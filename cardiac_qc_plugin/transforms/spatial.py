@@ -118,7 +118,7 @@ class StackWriter(NibabelWriter):
     """
 
     def set_data_array(self, data_array: torch.Tensor, **_: Any) -> None:
-        self.data_obj = data_array[0]
+        (self.data_obj,) = data_array  # other channels would be lost
 
 
 class CheckScan(Transform):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
+from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, SaveImage
 from scipy.spatial.transform import Rotation
 
-from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd
+from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
 from cardiac_qc_plugin.transforms.spatial import check_spacing, seen_from_base, spacing_of
 
 READ = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
@@ -394,3 +394,12 @@ def test_mirrored_stacks_are_turned_over_and_back(tmp_path, codes):
         assert back.shape[1:] == reference.shape
         np.testing.assert_allclose(back.affine, reference.affine, atol=1e-6)
         assert np.abs(back[0].numpy() - reference.numpy()).max() <= (4 if key == "image" else 1)  # nearest
+
+
+def test_channels_are_not_dropped_in_writing(tmp_path):
+    save = SaveImage(tmp_path, writer=StackWriter, resample=False, separate_folder=False)
+    with pytest.raises(RuntimeError, match="too many values to unpack"):  # as MONAI tells it
+        save(MetaTensor(torch.zeros(2, 4, 5, 3)))
+    save(MetaTensor(torch.ones(1, 4, 5, 1)))
+    (file,) = tmp_path.iterdir()
+    assert nib.load(file).shape == (4, 5, 1)
