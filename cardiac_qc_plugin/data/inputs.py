@@ -173,7 +173,8 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if any(record in names for record in RECORDS):
         return
     for entry in entries:
-        if entry.is_dir():
+        # not of a link alone: that raises where it leads to itself, or to where one may not look
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(folder / entry.name)):
             yield from _search(folder / entry.name, seen)
         elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
             name = case_name(entry.name)
