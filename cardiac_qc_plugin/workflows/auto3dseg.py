@@ -32,8 +32,7 @@ def check_datalist(datalist: str | Path, root: str | Path) -> int:
     Raises:
         ValueError: as `read_fold`; or if it has no folds, or misses one.
     """
-    items, _ = read_fold(datalist, root, -1)
-    folds = {item.get("fold") for item in items}
+    folds = {item.get("fold") for side in read_fold(datalist, root, -1) for item in side}
     if len(folds) < 2 or folds != set(range(len(folds))):
         listed = sorted(folds, key=str)
         raise ValueError(f"{datalist}: folds have to be 0, 1 and so on without gaps, two or more; got {listed}.")

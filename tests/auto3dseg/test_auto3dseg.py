@@ -334,6 +334,7 @@ def test_bad_requests_are_refused_in_one_line(data, tmp_path):
     assert "two folds or more: give another --num_fold" in refusal(num_fold=1, ensemble=True)
     gap = [{**item, "fold": 2 * item["fold"]} for item in items]
     assert "without gaps, two or more; got [0, 2]" in refusal({"training": gap})
+    assert "got [-1, 0, 1]" in refusal({"training": [*items, {**items[0], "fold": -1}]})
     assert "item 1 of 'training' has to name a file" in refusal({"training": [{"image": "a.nii.gz"}]})
     assert "got [None]" in refusal({"training": [{key: item[key] for key in ("image", "label")} for item in items]})
     expected = "Unknown algorithm 'bayesmlp': choose from bayesdn, bayesdrn, bayesunet."
