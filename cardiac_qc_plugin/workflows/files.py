@@ -222,7 +222,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"{type(content).__name__} instead of an object")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: cannot be read as JSON ({error}). Remove it, and run the command again that wrote it."
+            f"{path}: cannot be read as JSON ({error}). Mend it; if a command wrote it, remove it and run that again."
         ) from error
     return content
 

@@ -236,7 +236,7 @@ def test_damaged_records_are_named(content, tmp_path):
     with pytest.raises(ValueError, match=r"metadata.json: not the metadata of a bundle"):
         check_version(tmp_path / "bundle")
     if content not in (b"{}", b'{"segmentation": 3}'):
-        with pytest.raises(ValueError, match=r"qc.json: cannot be read as JSON .*Remove it, and run the command again"):
+        with pytest.raises(ValueError, match=r"qc.json: cannot be read as JSON .*remove it and run that again"):
             read_json(case / "qc.json")
 
 
