@@ -87,7 +87,7 @@ def find_scans(
     scans = []
     for file in files:
         alone = counts[file.name] == folders[file.heart] == 1
-        scans += phases(file.name if alone else file.name_with_folder, file.path.resolve())
+        scans += phases(file.name if alone else file.name_with_folder, Path(os.path.realpath(file.path)))
     doubled = [case for case, count in Counter(scan.case for scan in scans).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")

@@ -11,7 +11,7 @@ from cardiac_qc_plugin.data.folds import hold_out, read_fold
 from cardiac_qc_plugin.data.inputs import NoScans, find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
-from cardiac_qc_plugin.workflows.files import read_json
+from cardiac_qc_plugin.workflows.files import read_json, read_volume
 from cardiac_qc_plugin.workflows.table import folder_rows
 
 TINY = ShortAxisPhantom(shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0))
@@ -202,8 +202,12 @@ def test_linked_folders_are_searched_once(tmp_path):
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "site")
     (tmp_path / "site" / "back").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "linked_again").symlink_to(tmp_path / "site")
-    (tmp_path / "in" / "itself").symlink_to("itself")  # leads nowhere, by an error
-    assert [scan.case for scan in find_scans(tmp_path / "in")] == ["a"]
+    for name in ("itself", "itself.nii.gz"):
+        (tmp_path / "in" / name).symlink_to(name)
+    nowhere, scan = find_scans(tmp_path / "in")
+    assert scan.case == "a"
+    with pytest.raises(ValueError, match="in/itself.nii.gz: no such file"):
+        read_volume(nowhere.path)
 
 
 def test_lists_whose_files_lie_elsewhere(tmp_path):

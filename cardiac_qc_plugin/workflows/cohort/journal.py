@@ -1,6 +1,7 @@
 """What a run over a cohort has to remember, on disk, so that memory does not grow with the cohort."""
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ class Journal:
             ValueError: if two files would give the same case.
         """
         rows = (
-            (file.name, file.name_with_folder, file.heart, str(file.path.parent), str(file.path.resolve()))
+            (file.name, file.name_with_folder, file.heart, str(file.path.parent), os.path.realpath(file.path))
             for file in files
         )
         self.db.executemany("INSERT INTO files (name, other_name, heart, folder, path) VALUES (?, ?, ?, ?, ?)", rows)
