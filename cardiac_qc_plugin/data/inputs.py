@@ -68,6 +68,12 @@ class InputFile:
         """Name without the phase: the later stages make one heart of all cases that have it, wherever they lay."""
         return re.sub(r"_(ed|es|frame\d+)$", "", self.name, flags=re.IGNORECASE)
 
+    @property
+    def home(self) -> Path:
+        """Folder of the heart: the one above where phases have folders of their own, as in ``ED/p1_ed.nii.gz``."""
+        folder = self.path.parent
+        return folder.parent if folder.name.lower() in ("ed", "es") else folder
+
 
 def find_scans(
     path: str | Path, root: str | Path | None = None, fold: int | None = None, output: str | Path | None = None
@@ -83,7 +89,7 @@ def find_scans(
     """
     files = list(input_files(path, root, fold, output))
     counts = Counter(file.name for file in files)
-    folders = Counter(heart for heart, _ in {(file.heart, file.path.parent) for file in files})
+    folders = Counter(heart for heart, _ in {(file.heart, file.home) for file in files})
     scans = []
     for file in files:
         alone = counts[file.name] == folders[file.heart] == 1

@@ -43,7 +43,9 @@ def test_names_are_those_of_find_scans(journal, tmp_path):
 def test_a_heart_lies_in_one_folder(journal, tmp_path):
     """Two patients' end-diastole and end-systole of one name are no pair; a manifest's word holds."""
     (tmp_path / "list.csv").write_text("image,case\nP1/sax_ed.nii,\nP2/sax_es.nii,\nP3/la_ed.nii,\nP3/la_es.nii,\n")
-    names = ["P1_sax_ed", "P2_sax_es", "la_ed", "la_es"]
+    with open(tmp_path / "list.csv", "a") as stream:
+        stream.write("ED/p1_ed.nii,\nES/p1_es.nii,\n")
+    names = ["P1_sax_ed", "P2_sax_es", "la_ed", "la_es", "p1_ed", "p1_es"]
     (tmp_path / "P1").mkdir()
     (tmp_path / "P1" / "sax_ed.nii").touch()
     journal.add_files(input_files(tmp_path / "list.csv"))

@@ -52,7 +52,7 @@ class Journal:
             ValueError: if two files would give the same case.
         """
         rows = (
-            (file.name, file.name_with_folder, file.heart, str(file.path.parent), os.path.realpath(file.path))
+            (file.name, file.name_with_folder, file.heart, str(file.home), os.path.realpath(file.path))
             for file in files
         )
         self.db.executemany("INSERT INTO files (name, other_name, heart, folder, path) VALUES (?, ?, ?, ?, ?)", rows)
