@@ -507,7 +507,7 @@ def auto3dseg(
     from cardiac_qc_plugin.workflows.auto3dseg import auto3dseg as auto3dseg_workflow
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input) if input else []
+    scans = find_scans(input, output=output) if input else []
     scores = auto3dseg_workflow(datalist, root, output, algos, num_fold, bundle_dir, settings, bool(scans))
     print("\nMean Dice coefficient on the fold left out:")
     for name, dice in scores.items():

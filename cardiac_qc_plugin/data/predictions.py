@@ -136,7 +136,7 @@ def check_made_for(record: Path, map: str, model: str) -> None:
         return
     try:
         made = json.loads(record.read_text())["segmentation"]
-        by, made_map, samples = made.get("bundle", ""), made["map"], int(made["samples"])
+        by, made_map, samples = str(made.get("bundle")), made["map"], int(made["samples"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{record}: does not say what the segmentation was made by ({error!r}). Remove it, and segment again."
