@@ -332,7 +332,7 @@ def test_numbers_of_a_case(tmp_path):
     assert "3 flagged regions on 2 of 4 slices implausible" in own
     assert "Implausible: hole in the LV (slice 2, 3)." in own and own.count("hole in the LV") == 3
     assert "volume (ml) 101.3 98.0 130.2" in own and "(Dice) – 0.875 0.938" in own
-    assert "95 % interval – – 112.2 – 148.2" in own  # 130.2 ± 12.706 * 1.414
+    assert "95 % interval – – 112.2 to 148.2" in own  # 130.2 ± 12.706 * 1.414
     assert "2 mid hole in the LV" in own and "4 apical" in own and "No LV" not in own
 
 
@@ -358,7 +358,7 @@ def test_hearts(tmp_path):
     assert (row["ed"], row["es"], row["flagged"]) == ("heart/phase00", "heart/phase02", 3)
     assert row["values"][3] == 55 and row["intervals"][3] == [50.25, 59.75] and row["values"][7] is None
     own = Page(folders[1] / "report.html")
-    assert "LV EF (%) 55.0 50.2 – 59.8" in own.text and "LV EDV (ml) 100.0 – 50.0" in own.text
+    assert "LV EF (%) 55.0 50.2 to 59.8" in own.text and "LV EDV (ml) 100.0 – 50.0" in own.text
     assert "A slice is missing." in own.text and "ED phase 1 ES" in own.text
     chart = own.scripts["volumes"]
     assert chart["volumes"]["LV"] == [100, 90, 80] and chart["here"] == 1

@@ -561,7 +561,7 @@ def _pixels(plane: Plane) -> np.ndarray:
             stored = pixel_array(plane.file, index=plane.index, raw=True)
     except Exception as error:  # of many kinds, by transfer syntax and damage
         if not re.search("decod|plugin|transfer_syntax_uid", str(error), re.IGNORECASE):
-            raise ValueError(f"{plane.file.name}: its pixels cannot be read ({error}).") from error
+            raise ValueError(f"{plane.file.name}: its pixels cannot be read ({error}). Fetch it again.") from error
         return _pixels_by_itk(plane)
     if stored.shape != plane.shape:
         raise ValueError(f"{plane.file.name}: {stored.shape} pixels, but its header says {plane.shape}.")

@@ -199,10 +199,11 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
         if not isinstance(item, dict):  # names or numbers of classes, say
             continue
         if fold is None or is_number(item.get("fold"), fold):
-            if not isinstance(image := item.get("image"), str) or not image:
-                problem = f"item {number} names no image"
-                raise ValueError(f"{path}: {problem}. Give its file, or remove it; this has to be {kind}.")
-            yield InputFile(root / image, given_case(path, item.get("case")))
+            if "image" not in item:
+                raise ValueError(f"{path}: item {number} has no 'image', only {sorted(item)}. This has to be {kind}.")
+            if not isinstance(item["image"], str) or not item["image"]:
+                raise ValueError(f"{path}: item {number} names no image. Give its file, or remove the item.")
+            yield InputFile(root / item["image"], given_case(path, item.get("case")))
 
 
 def list_items(path: Path) -> Iterator[Any]:

@@ -52,7 +52,7 @@ def volume_curve(record: Mapping[str, Any], phase: int) -> dict[str, Any] | None
 
 
 def describe_cine(record: Mapping[str, Any]) -> str:
-    """The indices in a sentence: "LV EF 41 % (38-45), EDV 198 ml ...; slices flagged: 3 at ED (2 basal, 1 apical)"."""
+    """The indices in a sentence: "LV EF 41 % (38 to 45), EDV 198 ml ...; slices flagged: 3 at ED (2 basal)"."""
     if not record["indices"]:
         return "end-diastole and end-systole are not known, so no indices"
     parts = []
@@ -65,7 +65,7 @@ def describe_cine(record: Mapping[str, Any]) -> str:
     ):
         value, interval = record["indices"][key], record["intervals"].get(key)
         text = "not defined" if value is None else f"{value:.0f} {unit}"
-        parts.append(f"{label} {text}" + (f" ({interval[0]:.0f}-{interval[1]:.0f})" if interval else ""))
+        parts.append(f"{label} {text}" + (f" ({interval[0]:.0f} to {interval[1]:.0f})" if interval else ""))
     text = ", ".join(parts)
     if record["flagged_slices"]:
         counts = []

@@ -46,7 +46,7 @@ def environment() -> Environment:
     )
     env.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     env.filters["number"] = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
-    env.filters["interval"] = lambda ends: f"{ends[0]:.1f} – {ends[1]:.1f}"
+    env.filters["interval"] = lambda ends: f"{ends[0]:.1f} to {ends[1]:.1f}"
     env.globals |= {
         "asset": cache(asset),
         "content_policy": content_policy(),

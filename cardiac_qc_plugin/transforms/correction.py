@@ -120,7 +120,7 @@ def apply_edits(
         raise ValueError(
             f"{report.n_outside} voxels were edited outside the flagged regions, in slices "
             f"{', '.join(str(z + 1) for z in report.slices_outside)} (counted from 1): undo these edits, or drop them "
-            "(on_outside: drop)."
+            "(--on_outside drop)."
         )
     return np.where(inside, edited, prediction), report
 

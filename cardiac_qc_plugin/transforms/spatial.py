@@ -1,6 +1,9 @@
 """Reading of a scan with checks, writing of results, and the network's in-plane spacing with an exact way back."""
 
+import gzip
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -18,6 +21,7 @@ __all__ = [
     "LoadScand",
     "SeenFromApexd",
     "StackWriter",
+    "check_checksum",
     "check_spacing",
     "says_how_it_lies",
     "seen_from_base",
@@ -26,6 +30,25 @@ __all__ = [
 
 APEX = np.array([-1.0, 1.0, -1.0]) / 3**0.5  # where it lies from the base: left, front, feet
 CODES = ("qform_code", "sform_code")  # both 0: the file does not say how it lies in the patient
+
+
+def check_checksum(path: str | Path) -> None:
+    """Read a compressed file to its end, where the checksum stands: nibabel stops at the last voxel.
+
+    Raises:
+        OSError, EOFError, zlib.error: if the file is damaged.
+    """
+    if str(path).lower().endswith(".gz"):
+        state = Path(path).stat()
+        _read_to_end(Path(path), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_to_end(path: Path, size: int, changed: int) -> None:
+    """Once for all phases of a cine."""
+    with gzip.open(path) as stream:
+        while stream.read(1 << 20):
+            pass
 
 
 def check_spacing(spacing: Sequence[float], name: str) -> None:
@@ -64,6 +87,7 @@ class _LoadImage(LoadImage):
 
     def __call__(self, filename: str, reader: ImageReader | None = None) -> Any:
         try:
+            check_checksum(filename)
             return super().__call__(filename, reader)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]

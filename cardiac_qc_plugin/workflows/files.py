@@ -16,7 +16,7 @@ import numpy as np
 from nibabel.openers import ImageOpener
 
 from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
-from cardiac_qc_plugin.transforms.spatial import check_spacing
+from cardiac_qc_plugin.transforms.spatial import check_checksum, check_spacing
 
 __all__ = [
     "MASKS",
@@ -103,6 +103,7 @@ def read_volume(path: str | Path, frame: int | None = None) -> Volume:
     spacing = tuple(float(size) for size in pixdim[1:4])
     check_spacing(spacing, str(path))
     try:
+        check_checksum(path)
         data = np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])
     except Exception as error:
         raise ValueError(f"{path}: the file is truncated or damaged ({error}). Fetch it again.") from error

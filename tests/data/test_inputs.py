@@ -119,7 +119,7 @@ def test_manifests_with_numbers(tmp_path):
 def test_a_row_without_an_image_is_named(tmp_path, rows):
     (tmp_path / "a.nii.gz").touch()
     (tmp_path / "list.csv").write_text(f"image,case\n{rows}")
-    with pytest.raises(ValueError, match="list.csv: item 2 names no image. Give its file, .* a manifest"):
+    with pytest.raises(ValueError, match="list.csv: item 2 names no image. Give its file"):
         list(input_files(tmp_path / "list.csv"))
     (tmp_path / "list.json").write_text('{"a": [{"image": "a.nii.gz", "fold": 0}, {"image": null, "fold": 1}]}')
     with pytest.raises(ValueError, match="list.json: item 2 names no image"):
@@ -259,7 +259,7 @@ def test_lists_that_are_no_items(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(items))
     assert [scan.case for scan in find_scans(tmp_path / "list.json")] == ["a"]
     (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz"}, {"label": "a.nii.gz"}]}))
-    with pytest.raises(ValueError, match="list.json: item 2 names no image"):
+    with pytest.raises(ValueError, match=r"list.json: item 2 has no 'image', only \['label'\]. This has to be a MONAI"):
         find_scans(tmp_path / "list.json")
 
 

@@ -142,8 +142,7 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     screen.press("c")
     assert "accept it as correct" in page.text_content("#toast")
     screen.press("a", "a")
-    page.wait_for_selector("#finish:not([hidden])")
-    page.click("#finish")
+    page.click("#finish.primary")
     page.wait_for_selector("#message[open]")
     assert "1 regions corrected, 2 accepted" in page.text_content("#message-text")
     labels = written(tmp_path)
@@ -155,6 +154,24 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     page.click("text=All cases")
     page.wait_for_selector("#worklist:not([hidden])")
     page.wait_for_selector("#totals:has-text('1 of 2 cases')")  # which the server counts after the list has appeared
+    assert not screen.complaints
+
+
+def test_a_case_finished_with_regions_undecided(chromium, address, tmp_path):
+    screen = Screen(chromium, address)
+    screen.open()
+    page = screen.page
+    screen.press("a", "Enter")
+    page.wait_for_selector("#message[open]")
+    assert "2 regions are not decided" in page.text_content("#message-text")
+    page.click("text=Go on")
+    assert not (tmp_path / "out" / "p1_ed" / "audit.json").exists()
+    page.click("#finish")
+    page.click("text=Finish all the same")
+    page.wait_for_selector("#message h2")
+    np.testing.assert_array_equal(written(tmp_path), automatic())
+    audit = json.loads((tmp_path / "out" / "p1_ed" / "audit.json").read_text())
+    assert [one["decision"] for one in audit["regions"]].count("not decided") == 2
     assert not screen.complaints
 
 

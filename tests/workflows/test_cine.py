@@ -121,7 +121,7 @@ def test_intervals_come_from_pairs_of_samples(tmp_path):
     assert low == pytest.approx(60) and high == pytest.approx(60)
     low, high = record["intervals"]["lv_edv_ml"]
     assert (low, high) == pytest.approx((100 - 4.3027 * 10, 100 + 4.3027 * 10), abs=0.01)
-    assert describe_cine(record).startswith("LV EF 60 % (60-60), EDV 100 ml (57-143)")
+    assert describe_cine(record).startswith("LV EF 60 % (60 to 60), EDV 100 ml (57 to 143)")
     assert "slices flagged: 2 at ED, 2 at ES" in describe_cine(record)
     assert record["flagged_slices"] == {"ed": [0, 3], "es": [0, 3]} and record["flagged_levels"] == {}
 

@@ -91,7 +91,7 @@ def test_manifest(tmp_path, suffix):
 
 def test_manifest_without_images(tmp_path):
     (tmp_path / "list.csv").write_text("file\na.nii\n")
-    with pytest.raises(ValueError, match=r"list\.csv: item 1 names no image\. .* a table with a column 'image'"):
+    with pytest.raises(ValueError, match=r"list\.csv: item 1 has no 'image', only \['file'\]\. This"):
         list(input_files(tmp_path / "list.csv"))
 
 

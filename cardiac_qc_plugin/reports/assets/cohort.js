@@ -140,7 +140,7 @@ function drawHeart(heart) {
     element("th", { scope: "row" }, heart.case, element("small", {}, ...ways)),
     ...heart.values.map((value, index) => {
       const ends = heart.intervals[index];
-      return cell(labels[index], number(value, 0), ends ? element("small", {}, `${number(ends[0], 0)}–${number(ends[1], 0)}`) : null);
+      return cell(labels[index], number(value, 0), ends ? element("small", {}, `${number(ends[0], 0)} to ${number(ends[1], 0)}`) : null);
     }),
     cell("Flagged slices", number(heart.flagged, 0)),
     cell("To note", notes.join(" ") || "–"));

@@ -289,9 +289,8 @@ function refresh() {
   $("corrected").disabled = !region || !region.changed || region.decision === "corrected";
   $("accept-slice").hidden = here.length < 2;
   $("accept-slice").textContent = edited.length ? `Slice done: ${edited.length} corrected, ${same.length} accepted` : `Accept all ${same.length} in this slice`;
-  $("finish").hidden = !isDone && !state.finished;
   $("finish").firstChild.textContent = state.finished ? "Summary " : "Finish case ";
-  $("decide").classList.toggle("done", isDone);
+  $("finish").classList.toggle("primary", isDone);
   $("undo").disabled = !state.can_undo;
   $("redo").disabled = !state.can_redo;
   $("brush").textContent = `${BRUSHES[tool.brush]} px`;
@@ -526,7 +525,7 @@ const keys = {
   a: commands.accept, A: decideSlice, c: commands.corrected,
   C: () => decide("corrected", openRegions(open.z).filter((region) => region.changed)),
   "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8),
-  Enter: () => !$("finish").hidden && finish(), Escape: showWorklist,
+  Enter: finish, Escape: showWorklist,
 };
 for (const label of [0, 1, 2, 3]) keys[label] = () => choose({ label });
 keys.e = keys[0];
