@@ -212,10 +212,10 @@ def slice_levels(labels: np.ndarray) -> list[str]:
         labels: shape (H, W, D), slices last: 1 RV, 2 LVM, 3 LV; without an RV the base is taken to come first.
 
     Returns:
-        One name for each slice; none if there is no left ventricle.
+        One name for each slice; none if there are fewer than three slices of left ventricle to divide.
     """
     inside = np.flatnonzero(np.isin(labels, (2, 3)).any(axis=(0, 1)))
-    if not inside.size:
+    if inside.size < 3:
         return []
     first, count = inside[0], inside[-1] - inside[0] + 1
     index, rv = np.arange(labels.shape[2]), (labels == 1).sum(axis=(0, 1))

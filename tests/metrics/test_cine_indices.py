@@ -101,4 +101,4 @@ def test_slices_beyond_the_heart_count_to_the_third_beside_them(flipped):
     if flipped:  # the slices from the apex to the base: thirds of 7 slices are 3, 2, 2 from the first
         labels, expected = labels[..., ::-1], ["apical"] * 4 + ["mid"] * 2 + ["basal"] * 3
     assert slice_levels(labels) == expected
-    assert slice_levels(np.zeros((4, 4, 3))) == []
+    assert slice_levels(np.zeros((4, 4, 3))) == slice_levels(labels[..., 4:5]) == []
