@@ -34,13 +34,20 @@ _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "F
 
 
 def reduced_precision(device: torch.device) -> bool:
-    """Whether bf16 convolutions are fast on the device: GPUs, and CPUs with AMX instructions.
+    """Whether bf16 convolutions are fast on the device: GPUs, CPUs with AMX, and AMD's with AVX512-bf16 instructions.
 
-    With AVX512-bf16, or AVX512-fp16, alone they are half as fast as in fp32 (docs/performance.md).
+    With AVX512-bf16 they take half the time of fp32 on AMD's CPUs, but twice the time on Intel's
+    (docs/performance.md).
     """
     if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_amx_tile_supported() or fast_avx512_bf16()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def fast_avx512_bf16() -> bool:
+    """Whether this is a CPU by AMD with AVX512-bf16 instructions (Zen 4 and later), as far as this PyTorch can tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("avx512_bf16", False) and known.get("cpu_name", "").startswith("AMD")
 
 
 def fast_integers(device: torch.device) -> bool:

@@ -842,7 +842,7 @@ def test_autocast_inferer(amp):
 @in_bf16
 @pytest.mark.parametrize("name", ["small", "dn", "drn", "unet"])
 def test_samples_in_bf16_stay_close(name, monkeypatch):
-    """The path of CPUs with AMX and of GPUs, which this CPU can compute as well."""
+    """The path of CPUs that are fast in bf16 and of GPUs, which this CPU can compute as well."""
     network = small_network() if name == "small" else wide_network(name)
     volume = stack(1, 1, 32, 48, 2)
     exact = infer(volume, network, samples=6)
@@ -880,10 +880,10 @@ integers = pytest.mark.skipif(not sampling_module.fast_integers(CPU), reason="8-
 
 @pytest.fixture(params=[False, True], ids=["16_bits", "32_bits"])
 def adds_in_32(monkeypatch, request):
-    """As on a CPU without AMX; whether it adds all products of bytes in 32 bits, or two of them in 16."""
+    """As on a CPU that is slow in bf16; whether it adds all products of bytes in 32 bits, or two of them in 16."""
     if request.param and not torch.cpu._is_vnni_supported():
         pytest.skip("adding in 32 bits needs AVX512-VNNI")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: False)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: request.param)
     monkeypatch.setattr(sampling_module, "SMALLEST_WITHOUT_VNNI", 16)
     return request.param
@@ -893,7 +893,7 @@ def adds_in_32(monkeypatch, request):
 @pytest.mark.parametrize(("name", "expected"), [("dn", "fp32"), ("drn", "int8"), ("unet", "int8")])
 def test_networks_with_integers_where_sums_have_16_bits(name, expected, monkeypatch):
     """The DN's 32 channels lose too much by coarser kernels; what is computed is what is reported."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(sampling_module, "reduced_precision", lambda device: False)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     network = {"dn": DilatedCNN, "drn": DilatedResNet22, "unet": BayesianUNet}[name]().eval()
     exact, fast = (infer(stack(1, 1, 32, 32, 1), network, samples=2, amp=amp) for amp in (False, True))
@@ -1053,12 +1053,24 @@ def test_diverged_network_gives_nan_in_integers_too(adds_in_32):
     assert infer(stack(1, 1, 16, 16, 1), network, samples=0, amp=True).isnan().any()
 
 
+AMD = {"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx512_bf16": True}
+INTEL = {"cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "avx512_bf16": True}
+
+
 @pytest.mark.parametrize(
-    ("amx", "capability", "expected"),
-    [(True, "AVX512", "bf16"), (False, "AVX512", "int8"), (False, "AVX2", "int8"), (False, "DEFAULT", "fp32")],
+    ("amx", "known", "capability", "expected"),
+    [
+        (True, INTEL, "AVX512", "bf16"),
+        (False, AMD, "AVX512", "bf16"),
+        (False, INTEL, "AVX512", "int8"),
+        (False, AMD | {"avx512_bf16": False}, "AVX512", "int8"),
+        (False, {}, "AVX2", "int8"),
+        (False, {}, "DEFAULT", "fp32"),
+    ],
 )
-def test_precision_follows_the_instructions(amx, capability, expected, monkeypatch):
+def test_precision_follows_the_instructions(amx, known, capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert sampling_module.precision(CPU) == expected
     inferer = MCDropoutSliceInferer(samples=0, amp=False)
@@ -1080,7 +1092,7 @@ def test_transposed_convolution_that_tiles_is_a_convolution(edge, bias):
 @pytest.mark.parametrize("fast", [False, True])
 def test_bf16_only_where_it_is_fast(fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     seen = []
     network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Identity())
     network[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
