@@ -161,8 +161,8 @@ def run(
         catch: share of a patient's failure voxels to catch on average, 0.9 say: sets the threshold, with a promise.
         regions_per_patient: flagged regions that nine patients in ten must not exceed: sets the threshold as well.
         calibration: file that calibrate wrote, for the promise; by default the one that came with the detector.
-        root: folder that the paths in a datalist are relative to.
-        fold: only this fold of a datalist.
+        root: folder that the paths in a datalist or manifest are relative to; its own folder by default.
+        fold: only this fold of a datalist or manifest.
         series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
         name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
             patient_name or folder.
@@ -230,8 +230,8 @@ def segment(
         map: what the segmentation has to go with: bmap (mean of the samples) or emap (deterministic pass).
         samples: Monte Carlo samples T.
         device: auto, cpu, cuda, cuda:1, ...
-        root: folder that the paths in a datalist are relative to.
-        fold: only this fold of a datalist.
+        root: folder that the paths in a datalist or manifest are relative to; its own folder by default.
+        fold: only this fold of a datalist or manifest.
         series: SeriesNumber of the DICOM series to take (5, or 5,6), instead of all short-axis cines.
         name_by: what cases from DICOM are named by: study (a digest that tells nothing of the patient), patient_id,
             patient_name or folder.
