@@ -316,6 +316,15 @@ def test_what_the_paper_only_names(settings, world):
         Grid(replace(settings, regime="tiny")).by_fold()
 
 
+def test_detectors_have_no_part_in_a_regime_of_the_networks_only(settings):
+    grid = Grid(replace(settings, regime="snapshots", iterations=10))
+    trainings = grid.network("drn", "ce", 0), grid.detector("drn", "ce", "snapshots", 0)
+    names = [[Path(file).name for file in stage.info["configs"]] for stage in trainings]
+    assert names == [["train.json", "snapshots.json"], ["train.json"]]
+    with pytest.raises(ValueError, match="cardiac_drn_segmentation has no regime 'snapshot'"):
+        Grid(replace(settings, regime="snapshot")).by_fold()
+
+
 def test_tracking_by_mlflow(settings, world):
     pytest.importorskip("mlflow", reason="pip install mlflow")
     stage = Grid(replace(settings, output=world / "tracked", tracking="mlflow", iterations=1)).network("dn", "brier", 0)

@@ -260,7 +260,10 @@ class Grid:
 
         `own` are settings that are part of the digest.
         """
-        configs = config_files(bundle, self.settings.regime)
+        regime = self.settings.regime
+        if bundle.name == DETECTOR and not (bundle / "configs" / f"{regime}.json").is_file():
+            regime = "short"  # of the networks only, such as "snapshots"; the networks' stages say if they lack it
+        configs = config_files(bundle, regime)
         own = own | ({} if iterations is None else {"iterations": iterations})
         config = ConfigParser.load_config_files(configs)
         common = {"bundle_root": str(bundle), "data_list_file_path": str(self.settings.datalist_file)}
@@ -271,7 +274,7 @@ class Grid:
         held_out = bundle.name == DETECTOR and own["fold"] != ALL
         outputs = ("model.pt", *(["model_operating_point.json"] if held_out else snapshots))
         info = {"kind": "train", "configs": configs, "iterations": iterations or config["iterations"], "own": own}
-        info |= {"device": device_setting(self.settings.device), "regime": self.settings.regime, "snapshots": snapshots}
+        info |= {"device": device_setting(self.settings.device), "regime": regime, "snapshots": snapshots}
         given = self.settings.trained and self.settings.trained / name
         if given and (given / "model.pt").is_file():
             return self.stage(
