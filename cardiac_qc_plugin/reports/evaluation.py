@@ -11,6 +11,8 @@ from cardiac_qc_plugin.data.predictions import MAP_NAMES
 from cardiac_qc_plugin.metrics.detection import RegionCurve, SlicePrecisionRecall
 from cardiac_qc_plugin.metrics.plausibility import CRITERIA
 
+from . import cine
+
 __all__ = ["draw_coverage", "draw_regions", "draw_slices", "summary_text"]
 
 NAMES = {**MAP_NAMES, **{f"mean_{map}": f"mean {name}" for map, name in MAP_NAMES.items()}}
@@ -96,7 +98,7 @@ def _clinical(indices: Mapping[str, Any], title: str) -> list[str]:
 
 def _intervals(indices: Mapping[str, Any]) -> list[str]:
     rows = [
-        [name, number(entry["coverage"], 1, 100), number(entry["mean_width"], 1), f"{entry['n']}"]
+        [cine.INDICES[name], number(entry["coverage"], 1, 100), number(entry["mean_width"], 1), f"{entry['n']}"]
         for name, entry in indices.items()
     ]
     note = "How often the 95 % interval from the Monte Carlo samples has the reference's value in it."

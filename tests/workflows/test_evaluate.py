@@ -494,4 +494,5 @@ def test_plausibility_and_intervals(tmp_path):
     assert segmentations["criteria"]["fragments_LVM"] == 4 and references["criteria"]["fragments_LVM"] == 0
     assert segmentations["violations"] > references["violations"] and segmentations["n_slices"] == 16
     text = (tmp_path / "out" / "summary.md").read_text()
+    assert re.search(r"\| LVM mass \(g\) +\| +50\.0 \|", text)
     assert "## Plausibility: segmentations and references" in text and "## Intervals of the clinical indices" in text
