@@ -271,4 +271,4 @@ def test_a_damaged_table_is_named(tmp_path):
         find_scans(tmp_path / "list.csv")
     (tmp_path / "worklist.csv").write_text(f"case,status,message\nheart,failed,{line}\n")
     with pytest.raises(ValueError, match=r"worklist.csv: cannot be read as CSV .*field larger than.*Remove it"):
-        list(folder_rows(tmp_path))
+        list(folder_rows(tmp_path, {}))

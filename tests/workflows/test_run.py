@@ -147,10 +147,35 @@ def test_a_case_whose_detection_failed_is_in_the_table_once(scan, predictors, tm
     monkeypatch.setattr("cardiac_qc_plugin.workflows.run.detect", fail)
     with pytest.raises(CaseFailures, match="no heart"):
         run(find_scans(scan), tmp_path, *predictors)
-    assert [(row["case"], row["status"]) for row in folder_rows(tmp_path)] == [("oblique", "failed")]
+    assert [(row["case"], row["status"]) for row in folder_rows(tmp_path, {})] == [("oblique", "failed")]
     (tmp_path / "worklist.csv").unlink()  # as if the run had been stopped there
-    (row,) = folder_rows(tmp_path)
+    (row,) = folder_rows(tmp_path, {})
     assert (row["case"], row["slices"], row["map"]) == ("oblique", 3, "bmap") and "regions_flagged" not in row
+
+
+def test_a_damaged_record_keeps_no_other_case_out_of_the_table(predictors, tmp_path):
+    """Cut short, or without what is needed; of a case, or of a heart. Each is named, with exit code 1."""
+    write_acdc_like(tmp_path / "in", 2, shape=(48, 56), n_slices=2)
+    output = tmp_path / "out"
+    run(find_scans(tmp_path / "in"), output, *predictors)
+    (output / "patient001_frame01" / "qc.json").write_text('{"case": "patient0')
+    (output / "patient001_frame11" / "qc.json").write_text('{"stages": {"segmentation": {}}}')
+    (output / "patient002" / "cine.json").write_text("{}")
+    (output / "rest").mkdir()
+    (output / "rest" / "qc.json").write_text('{"stages": {}}')  # of an interrupted run: no row, as before
+    shutil.copytree(output / "patient002_frame01", output / "sound")
+    qc = json.loads((output / "sound" / "qc.json").read_text())
+    (output / "sound" / "qc.json").write_text(json.dumps(qc | {"case": "sound"}))
+    command = [sys.executable, "scripts/pipeline.py", "table", "--predictions", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr
+    files = {"patient001_frame01": "patient001_frame01/qc.json", "patient001_frame11": "patient001_frame11/qc.json"}
+    files |= dict.fromkeys(("patient002_frame01", "patient002_frame11"), "patient002/cine.json")
+    found = pd.read_parquet(output / "cases.parquet").set_index("case")
+    assert dict(found["status"]) == dict.fromkeys(files, "failed") | {"sound": "done"}
+    for case, file in files.items():
+        assert found["message"][case].startswith(f"{output / file}: ") and "emove it" in found["message"][case]
+        assert f"  {case}: {found['message'][case]}" in done.stdout.splitlines()
 
 
 def test_a_bundle_may_be_moved(bundles, predictors, tmp_path):
