@@ -178,6 +178,16 @@ def test_store_in_memory_writes_records_last(monkeypatch):
     assert len(done) == 4  # nothing changed
 
 
+@pytest.mark.parametrize("content", [b'{"made": ', b"[1]", b"\xff\xfe"])
+def test_a_damaged_record_is_named_by_every_store(content, tmp_path):
+    """Cut short, no object, no text; it is not the store's fault, so it is no OutputError, which would stop the run."""
+    pytest.importorskip("fsspec")
+    for store in (open_store("memory://damaged"), open_store(tmp_path / "store")):
+        store.write("case/qc.json", lambda path: path.write_bytes(content))
+        with pytest.raises(ValueError, match=rf"^{store}/case/qc\.json: cannot be read as JSON .*remove it"):
+            store.read_json("case/qc.json")
+
+
 def test_store_without_atomic_writes_renames(tmp_path):
     """A file system that shows files while they are written, such as SFTP; here the local one."""
     pytest.importorskip("fsspec")

@@ -1,14 +1,13 @@
 """Where the results of a cohort go: a folder that all workers share, or an object store."""
 
 import contextlib
-import json
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import OutputError, file_sha256, read_json, write_file
+from ..files import OutputError, file_sha256, parse_json, read_json, write_file
 
 __all__ = ["FolderStore", "Store", "UrlStore", "open_store"]
 
@@ -37,7 +36,7 @@ class FolderStore:
         return str(self.folder)
 
     def read_json(self, name: str) -> Any:
-        """Content of a JSON file, None where there is none."""
+        """Content of a JSON object's file, None where there is none; ValueError where it is damaged."""
         return read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def write(self, name: str, write: Callable[[Path], None]) -> None:
@@ -99,12 +98,13 @@ class UrlStore:
             raise OutputError(f"cannot reach {self.url}/{name}: {cause}") from error
 
     def read_json(self, name: str) -> Any:
-        """Content of a JSON file, None where there is none."""
+        """Content of a JSON object's file, None where there is none; ValueError where it is damaged."""
         with self.reaching(name):
             try:
-                return json.loads(self.fs.cat_file(f"{self.root}/{name}"))
+                content = self.fs.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
                 return None
+        return parse_json(lambda: content, f"{self.url}/{name}")
 
     def put(self, path: Path, name: str) -> None:
         """Store a file; a reader sees the old one or the new one."""
