@@ -1,6 +1,7 @@
 """The files that a run leaves in a case's folder, by name; and datalist items of them, and of the scans of a folder."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -35,10 +36,13 @@ def case_name(path: str | Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Files in a folder and its subfolders, sorted. Links are followed, but each folder is searched once."""
+    """Files in a folder and its subfolders, sorted. Links are followed, but each folder is searched once.
+
+    A folder that may not be read is left out, with a warning that names it.
+    """
     files, seen, starts = [], set(), [folder]
     for start in starts:  # which grows by links: a folder that lies here itself is not named by a link to it
-        for path, folders, names in os.walk(start):
+        for path, folders, names in os.walk(start, onerror=_warn):
             if os.path.realpath(path) in seen:
                 folders.clear()
                 continue
@@ -47,6 +51,15 @@ def files_below(folder: Path) -> list[Path]:
             starts += [Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))]
             files += [Path(path, name) for name in names]
     return sorted(files)
+
+
+def _warn(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # of which callers say more
+        logging.getLogger(__name__).warning(
+            "%s: this folder cannot be read (%s), and what is in it is left out. Change its permissions.",
+            error.filename,
+            error.strerror,
+        )
 
 
 def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:

@@ -1,7 +1,9 @@
 """The run command on phantoms, with small untrained networks: its files, its memory, and what it says of bad input."""
 
+import errno
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -493,6 +495,25 @@ def test_scans_of_a_bundles_folder(tmp_path):
         scan_items(folder, folder / "results")
     with pytest.raises(ValueError, match="nowhere: no scan"):
         scan_items(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, caplog):
+    """And the others are searched; root may read all, so the refusal is played."""
+    for name in ("a/one.nii.gz", "locked/two.nii.gz", "z/three.nii.gz"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = [Path(item["image"]).name for item in scan_items(tmp_path, tmp_path / "out")]
+    assert found == ["one.nii.gz", "three.nii.gz"]
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert message.startswith(f"{tmp_path / 'locked'}: this folder cannot be read (Permission denied)")
 
 
 def test_help_lists_options_only(command):
