@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import nibabel as nib
 
-from .predictions import CORRECTION_FILE, case_name
+from .predictions import CORRECTION_FILE, case_name, results_among
 
 __all__ = ["PHASE", "InputFile", "NoScans", "Scan", "find_scans", "input_files", "phase_names", "phases"]
 
@@ -197,6 +197,7 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
     names = [entry.name for entry in entries]
     if any(record in names for record in RECORDS):
         return
+    results = results_among(names)  # of a bundle, which leaves no record
     for entry in entries:
         # not of a link alone: that raises where it leads to itself, or to where one may not look
         if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(folder / entry.name)):
@@ -205,7 +206,7 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
             name = case_name(entry.name)
             cine = name.removesuffix("_4d")
             has_frames = cine != name and any(other.startswith(f"{cine}_frame") for other in names)  # ACDC's layout
-            if not name.endswith("_gt") and not has_frames:
+            if not name.endswith("_gt") and not has_frames and entry.name not in results:
                 yield folder / entry.name
 
 

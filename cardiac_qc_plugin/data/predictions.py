@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from monai.utils import ensure_tuple
@@ -18,6 +18,7 @@ __all__ = [
     "SEGMENTATION_FILE",
     "case_name",
     "files_below",
+    "results_among",
     "scan_items",
     "with_predictions",
 ]
@@ -33,6 +34,18 @@ MAP_NAMES = {"emap": "e-map", "bmap": "b-map"}  # in the order of the paper's ta
 def case_name(path: str | Path) -> str:
     """Name of an image file without ``.nii`` or ``.nii.gz``: the name of its case's folder."""
     return re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
+
+
+RESULT = re.compile(  # of the pipeline; of a bundle with the case's name before it
+    rf"(.+_)?({'|'.join(map(case_name, (SEGMENTATION_FILE, PROBABILITY_FILE, REGIONS_FILE, *MAP_FILES.values())))})"
+)
+
+
+def results_among(names: Iterable[str]) -> set[str]:
+    """File names in a folder that are results of a case: its maps, and a segmentation that has a map beside it."""
+    found = {name: match.groups() for name in names if (match := RESULT.fullmatch(case_name(name)))}
+    cases = {case for case, kind in found.values() if kind != case_name(SEGMENTATION_FILE)}
+    return {name for name, (case, _) in found.items() if case in cases}
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -65,6 +78,8 @@ def _warn(error: OSError) -> None:
 def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
     """A datalist of the 3-D NIfTI files (``.nii``, ``.nii.gz``) in a folder and below, without ACDC's labels and cines.
 
+    Results of earlier runs, see `results_among`, are no scans; a line of the log says in how many folders they are.
+
     Args:
         folder: where the scans are.
         output: where results go; files in it are none, if it is a folder below.
@@ -92,11 +107,21 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not (root.resolve() in own.parents and own in path.resolve().parents)
     ]
+    names: dict[Path, list[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, []).append(path.name)
+    results = {parent / name for parent, own in names.items() for name in results_among(own)}
+    if results:
+        where = sorted({path.parent for path in results})
+        logging.getLogger(__name__).info(
+            "%s: results of earlier runs in %d folder(s) are left out, %s first.", folder, len(where), where[0]
+        )
+    paths = [path for path in paths if path not in results]
     if not paths:
         raise ValueError(f"{folder}: no scan (.nii, .nii.gz) in this folder or below. Check --dataset_dir.")
-    names: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
     for path in paths:
-        if (first := names.setdefault(case_name(path), path)) != path:
+        if (first := taken.setdefault(case_name(path), path)) != path:
             raise ValueError(
                 f"{first} and {path} have one name, and so would their results. Rename one of them, or use "
                 "`python scripts/pipeline.py run`, which names results by the folder as well."

@@ -497,6 +497,24 @@ def test_scans_of_a_bundles_folder(tmp_path):
         scan_items(tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_results_of_an_earlier_bundle_run_are_no_scans(tmp_path, caplog):
+    """Nor the pipeline's; what only sounds like a result stays."""
+    scans = ["a.nii.gz", "a_segmentation.nii.gz", "eval/entropy_of_b.nii.gz", "p_segmentation/p.nii"]
+    results = [f"eval/a/a_{name}.nii.gz" for name in ("segmentation", "bayesian", "entropy")]
+    results += [f"failures/a/a_failure_{name}.nii.gz" for name in ("probability", "regions")]
+    results += [f"out/a/{name}.nii.gz" for name in FILES] + ["failures/a/a_segmentation.nii.gz"]
+    for name in (*scans, *results):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    caplog.set_level("INFO")
+    assert [item["image"] for item in scan_items(tmp_path, tmp_path / "new")] == [
+        str(tmp_path / name) for name in scans
+    ]
+    line = f"{tmp_path}: results of earlier runs in 3 folder(s) are left out, {tmp_path / 'eval/a'} first."
+    assert [record.getMessage() for record in caplog.records] == [line]
+    assert [scan.path for scan in find_scans(tmp_path)] == [tmp_path / name for name in scans]
+
+
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, caplog):
     """And the others are searched; root may read all, so the refusal is played."""
     for name in ("a/one.nii.gz", "locked/two.nii.gz", "z/three.nii.gz"):
