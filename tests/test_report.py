@@ -246,6 +246,23 @@ def test_one_phase_of_a_cine(tmp_path):
     np.testing.assert_allclose(extent(picture[..., 0] > 0.5), [16 / 104, 32 / 104, 64 / 88, 80 / 88], atol=0.01)
 
 
+def test_a_page_of_an_image_from_dicom_names_its_series(tmp_path):
+    """The NIfTI file of the import is none that a user knows; of a user's own file of that name the name stays."""
+    for name, numbers, said in (
+        ("cine/phase03", [7], "mm, DICOM series 7"),
+        ("alone", [7, 8], "mm, DICOM series 7, 8"),
+        ("unnumbered", [-1], "mm, DICOM"),
+        ("own", None, "mm, image.nii.gz"),
+    ):
+        folder = make_case(tmp_path, name)
+        qc = read_qc(folder)
+        image = Path(qc["input"]["path"]).rename(folder / "image.nii.gz")
+        write_json(folder / "qc.json", qc | {"input": qc["input"] | {"path": str(image)}})
+        if numbers:
+            write_json(tmp_path / name.split("/")[0] / "dicom.json", {"series_numbers": numbers})
+        assert f"{said} ‹ Region" in drawn(folder).text
+
+
 def test_errors_name_the_file(tmp_path):
     folder = make_case(tmp_path, regions=[region(1, 0, 40, 40)])
     save(folder / "bayesian.nii.gz", np.zeros((8, 8, 4), np.float32))

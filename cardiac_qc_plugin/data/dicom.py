@@ -24,7 +24,17 @@ from pydicom.uid import (
 
 from .predictions import files_below
 
-__all__ = ["Contents", "Plane", "Skipped", "Stack", "dicom_files", "find_stacks", "read_phase", "stack_digest"]
+__all__ = [
+    "Contents",
+    "Plane",
+    "Skipped",
+    "Stack",
+    "dicom_files",
+    "find_stacks",
+    "read_phase",
+    "stack_digest",
+    "without_names",
+]
 
 # Base to apex in LPS (left, front, feet) of an average heart; the axis of patients differs from it by 10 to 30 degrees.
 LONG_AXIS = np.array([0.65, -0.55, -0.52])
@@ -197,7 +207,11 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
             notes.append(f"{repeated[label]} image(s) were there more than once; one of each is used.")
         subject = _subject(header, notes)
         stacks.append(replace(stack, notes=notes, subject=subject, names=_names(header, stack.first.file)))
-    return Contents(stacks, _without_names(skipped, headers.values()))
+    names = {str(header.get("PatientName") or "") for header in headers.values()}
+    return Contents(
+        stacks,
+        [replace(s, series=without_names(s.series, names), reason=without_names(s.reason, names)) for s in skipped],
+    )
 
 
 def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], dict[Path, Dataset]]:
@@ -534,13 +548,11 @@ def _names(header: Dataset, file: Path) -> dict[str, str]:
     return {key: re.sub(r"[^\w.-]+", "_", str(value or "")).strip("_.") for key, value in names.items()}
 
 
-def _without_names(skipped: list[Skipped], headers: Iterable[Dataset]) -> list[Skipped]:
-    """The same, with dots for every part of a patient's name that occurs in them."""
-    parts = {part for header in headers for part in re.findall(r"\w{3,}", str(header.get("PatientName") or ""))}
-    if not parts:
-        return skipped
-    name = re.compile("|".join(map(re.escape, sorted(parts, key=len, reverse=True))), re.IGNORECASE)
-    return [replace(s, series=name.sub("...", s.series), reason=name.sub("...", s.reason)) for s in skipped]
+def without_names(text: str, names: Iterable[str]) -> str:
+    """The same, with dots for every part of these patients' names that occurs in it."""
+    parts = {part for name in names for part in re.findall(r"[^\W_]{3,}", name)}
+    name = "|".join(map(re.escape, sorted(parts, key=len, reverse=True)))
+    return re.sub(name, "...", text, flags=re.IGNORECASE) if parts else text
 
 
 def read_phase(planes: Sequence[Plane]) -> np.ndarray:
@@ -561,7 +573,9 @@ def _pixels(plane: Plane) -> np.ndarray:
             stored = pixel_array(plane.file, index=plane.index, raw=True)
     except Exception as error:  # of many kinds, by transfer syntax and damage
         if not re.search("decod|plugin|transfer_syntax_uid", str(error), re.IGNORECASE):
-            raise ValueError(f"{plane.file.name}: its pixels cannot be read ({error}). Fetch it again.") from error
+            # an OSError has the path, and folders may be named by patients
+            reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else error
+            raise ValueError(f"{plane.file.name}: its pixels cannot be read ({reason}). Fetch it again.") from error
         return _pixels_by_itk(plane)
     if stored.shape != plane.shape:
         raise ValueError(f"{plane.file.name}: {stored.shape} pixels, but its header says {plane.shape}.")

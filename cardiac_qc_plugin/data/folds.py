@@ -8,7 +8,7 @@ from monai.auto3dseg.utils import datafold_read
 
 from .acdc import SAME_SCAN
 
-__all__ = ["hold_out", "read_fold"]
+__all__ = ["hold_out", "read_fold", "training_items"]
 
 KEYS = ("image", "label")
 
@@ -25,22 +25,11 @@ def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[d
         Items of the other folds, and items of this one.
 
     Raises:
-        ValueError: if the datalist is missing or damaged, has an item without image or label, has no such fold, or
-            lists a file that is not there.
+        ValueError: if the datalist is missing or damaged, has an item without image or label or with a fold that is no
+            number, has no such fold, or lists a file that is not there.
     """
-    datalist = Path(datalist)
-    try:
-        content = json.loads(datalist.read_text())
-        items = list(content["training"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{datalist}: cannot be read as a datalist with the list 'training' ({error!r}).") from error
-    for number, item in enumerate(items, start=1):
-        if not isinstance(item, dict) or not all(item.get(key) and isinstance(item[key], str) for key in KEYS):
-            raise ValueError(
-                f"{datalist}: item {number} of 'training' has to name a file each as 'image' and 'label', and is "
-                f"{str(item)[:200]}."
-            )
-    others, left_out = datafold_read(content, str(root), fold)
+    items = training_items(Path(datalist))
+    others, left_out = datafold_read({"training": items}, str(root), fold)
     if not others or (not left_out and fold != -1):
         folds = sorted({item["fold"] for item in items if "fold" in item}, key=str)
         raise ValueError(
@@ -54,6 +43,32 @@ def read_fold(datalist: str | Path, root: str | Path, fold: int) -> tuple[list[d
                     "Check the data set's folder (--dataset_dir, or --root)."
                 )
     return others, left_out
+
+
+def training_items(datalist: Path) -> list[dict]:
+    """Items of a datalist's list ``training``.
+
+    Raises:
+        ValueError: if it is missing or damaged, or an item has no image, no label, or a fold that is no number; the
+            message names the datalist and the item.
+    """
+    try:
+        items = list(json.loads(datalist.read_text())["training"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{datalist}: cannot be read as a datalist with the list 'training' ({error!r}).") from error
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict) or not all(item.get(key) and isinstance(item[key], str) for key in KEYS):
+            raise ValueError(
+                f"{datalist}: item {number} of 'training' has to name a file each as 'image' and 'label', and is "
+                f"{str(item)[:200]}."
+            )
+        fold = item.get("fold")
+        if fold is not None and type(fold) is not int:
+            raise ValueError(
+                f"{datalist}: item {number} of 'training' has the fold {json.dumps(fold)[:200]}. A fold is one whole "
+                "number without quotes: 0, 1 and so on."
+            )
+    return items
 
 
 def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[dict]]:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import nibabel as nib
 
-from .predictions import CORRECTION_FILE, case_name
+from .predictions import CORRECTION_FILE, case_name, results_among
 
 __all__ = ["PHASE", "InputFile", "NoScans", "Scan", "find_scans", "input_files", "phase_names", "phases"]
 
@@ -66,13 +66,26 @@ class InputFile:
     @property
     def heart(self) -> str:
         """Name without the phase: the later stages make one heart of all cases that have it, wherever they lay."""
-        return re.sub(r"_(ed|es|frame\d+)$", "", self.name, flags=re.IGNORECASE)
+        return heart_of(self.name)
 
     @property
     def home(self) -> Path:
         """Folder of the heart: the one above where phases have folders of their own, as in ``ED/p1_ed.nii.gz``."""
-        folder = self.path.parent
+        folder = Path(os.path.normpath(self.path.parent))  # a list may write one folder in two ways
         return folder.parent if folder.name.lower() in ("ed", "es") else folder
+
+
+def heart_of(case: str) -> str:
+    """Name of a case without the phase."""
+    return re.sub(r"_(ed|es|frame\d+)$", "", case, flags=re.IGNORECASE)
+
+
+def two_homes(heart: str, first: Path, second: Path) -> ValueError:
+    """What is said of files that later stages would make one heart of, though they lie in different folders."""
+    return ValueError(
+        f"{first} and {second} lie in different folders, and would be one heart, '{heart}'. Rename one of the files or "
+        "folders, or name the cases in a manifest's column 'case'."
+    )
 
 
 def find_scans(
@@ -85,18 +98,24 @@ def find_scans(
 
     Raises:
         NoScans: if no file in it is a scan.
-        ValueError: if nothing is there, or no file of a list is there.
+        ValueError: if nothing is there, no file of a list is there, or files of different folders would give one case
+            or one heart.
     """
     files = list(input_files(path, root, fold, output))
     counts = Counter(file.name for file in files)
     folders = Counter(heart for heart, _ in {(file.heart, file.home) for file in files})
-    scans = []
+    scans, hearts, scattered = [], {}, None
     for file in files:
         alone = counts[file.name] == folders[file.heart] == 1
-        scans += phases(file.name if alone else file.name_with_folder, Path(os.path.realpath(file.path)))
+        name = file.name if alone else file.name_with_folder
+        scans += phases(name, Path(os.path.realpath(file.path)))
+        if file.case is None and (other := hearts.setdefault(heart_of(name), file)).home != file.home:
+            scattered = scattered or two_homes(heart_of(name), other.path, file.path)
     doubled = [case for case, count in Counter(scan.case for scan in scans).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: several files would give the case '{doubled[0]}'. Rename them.")
+    if scattered:
+        raise scattered
     if Path(path).suffix in READERS and not any(file.path.exists() for file in files):
         raise ValueError(
             f"{path}: of its {len(files)} files none is there, the first would be {files[0].path}. "
@@ -178,6 +197,7 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
     names = [entry.name for entry in entries]
     if any(record in names for record in RECORDS):
         return
+    results = results_among(names)  # of a bundle, which leaves no record
     for entry in entries:
         # not of a link alone: that raises where it leads to itself, or to where one may not look
         if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(folder / entry.name)):
@@ -186,7 +206,7 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
             name = case_name(entry.name)
             cine = name.removesuffix("_4d")
             has_frames = cine != name and any(other.startswith(f"{cine}_frame") for other in names)  # ACDC's layout
-            if not name.endswith("_gt") and not has_frames:
+            if not name.endswith("_gt") and not has_frames and entry.name not in results:
                 yield folder / entry.name
 
 

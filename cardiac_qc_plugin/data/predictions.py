@@ -1,9 +1,10 @@
 """The files that a run leaves in a case's folder, by name; and datalist items of them, and of the scans of a folder."""
 
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from monai.utils import ensure_tuple
@@ -17,6 +18,7 @@ __all__ = [
     "SEGMENTATION_FILE",
     "case_name",
     "files_below",
+    "results_among",
     "scan_items",
     "with_predictions",
 ]
@@ -34,11 +36,26 @@ def case_name(path: str | Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
 
 
+RESULT = re.compile(  # of the pipeline; of a bundle with the case's name before it
+    rf"(.+_)?({'|'.join(map(case_name, (SEGMENTATION_FILE, PROBABILITY_FILE, REGIONS_FILE, *MAP_FILES.values())))})"
+)
+
+
+def results_among(names: Iterable[str]) -> set[str]:
+    """File names in a folder that are results of a case: its maps, and a segmentation that has a map beside it."""
+    found = {name: match.groups() for name in names if (match := RESULT.fullmatch(case_name(name)))}
+    cases = {case for case, kind in found.values() if kind != case_name(SEGMENTATION_FILE)}
+    return {name for name, (case, _) in found.items() if case in cases}
+
+
 def files_below(folder: Path) -> list[Path]:
-    """Files in a folder and its subfolders, sorted. Links are followed, but each folder is searched once."""
+    """Files in a folder and its subfolders, sorted. Links are followed, but each folder is searched once.
+
+    A folder that may not be read is left out, with a warning that names it.
+    """
     files, seen, starts = [], set(), [folder]
     for start in starts:  # which grows by links: a folder that lies here itself is not named by a link to it
-        for path, folders, names in os.walk(start):
+        for path, folders, names in os.walk(start, onerror=_warn):
             if os.path.realpath(path) in seen:
                 folders.clear()
                 continue
@@ -49,8 +66,19 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(files)
 
 
+def _warn(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # of which callers say more
+        logging.getLogger(__name__).warning(
+            "%s: this folder cannot be read (%s), and what is in it is left out. Change its permissions.",
+            error.filename,
+            error.strerror,
+        )
+
+
 def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
     """A datalist of the 3-D NIfTI files (``.nii``, ``.nii.gz``) in a folder and below, without ACDC's labels and cines.
+
+    Results of earlier runs, see `results_among`, are no scans; a line of the log says in how many folders they are.
 
     Args:
         folder: where the scans are.
@@ -79,11 +107,21 @@ def scan_items(folder: str | Path, output: str | Path) -> list[dict[str, str]]:
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and not (root.resolve() in own.parents and own in path.resolve().parents)
     ]
+    names: dict[Path, list[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, []).append(path.name)
+    results = {parent / name for parent, own in names.items() for name in results_among(own)}
+    if results:
+        where = sorted({path.parent for path in results})
+        logging.getLogger(__name__).info(
+            "%s: results of earlier runs in %d folder(s) are left out, %s first.", folder, len(where), where[0]
+        )
+    paths = [path for path in paths if path not in results]
     if not paths:
         raise ValueError(f"{folder}: no scan (.nii, .nii.gz) in this folder or below. Check --dataset_dir.")
-    names: dict[str, Path] = {}
+    taken: dict[str, Path] = {}
     for path in paths:
-        if (first := names.setdefault(case_name(path), path)) != path:
+        if (first := taken.setdefault(case_name(path), path)) != path:
             raise ValueError(
                 f"{first} and {path} have one name, and so would their results. Rename one of them, or use "
                 "`python scripts/pipeline.py run`, which names results by the folder as well."

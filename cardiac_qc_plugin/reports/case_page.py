@@ -108,7 +108,7 @@ def _draw(folder: Path, qc: Mapping[str, Any], made_of: str) -> str:
     return render(
         "case.html",
         qc=qc,
-        file=Path(qc["input"]["path"]).name,
+        source=_source(Path(qc["input"]["path"])),
         record=record,
         slices=sheet.slices,
         size=sheet.size,
@@ -120,6 +120,17 @@ def _draw(folder: Path, qc: Mapping[str, Any], made_of: str) -> str:
         map_name=MAP_NAMES[detection["map"]],
         settings=case_settings(qc),
     )
+
+
+def _source(path: Path) -> str:
+    """What a user knows the image by: its file, or of one from DICOM the series, as the file is made by the import, and
+    folders may name a patient."""
+    if path.name == "image.nii.gz":
+        for record in (path.parent / "dicom.json", path.parent.parent / "dicom.json"):
+            if record.is_file():
+                numbers = [str(number) for number in read_json(record).get("series_numbers", ()) if number >= 0]
+                return "DICOM" + f" series {', '.join(numbers)}" * bool(numbers)
+    return path.name
 
 
 def _line_width(probability: float, threshold: float) -> float:

@@ -217,13 +217,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = " Give the output folder of run." if path.name == "qc.json" else ""
         raise ValueError(f"{path}: no such file.{hint}")
+    return parse_json(path.read_bytes, str(path))
+
+
+def parse_json(read: Callable[[], bytes], name: str) -> dict[str, Any]:
+    """The JSON object in what a function reads; errors as of `read_json`, which call it by this name."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read().decode("utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"{type(content).__name__} instead of an object")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: cannot be read as JSON ({error}). Mend it; if a command wrote it, remove it and run that again."
+            f"{name}: cannot be read as JSON ({error}). Mend it; if a command wrote it, remove it and run that again."
         ) from error
     return content
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import nibabel as nib
 
-from cardiac_qc_plugin.data.dicom import Skipped, Stack, dicom_files, find_stacks, read_phase, stack_digest
+from cardiac_qc_plugin.data.dicom import (
+    Skipped,
+    Stack,
+    dicom_files,
+    find_stacks,
+    read_phase,
+    stack_digest,
+    without_names,
+)
 from cardiac_qc_plugin.data.inputs import NoScans, Scan, check_list_options, find_scans, phase_names
 
 from .files import OutputError, check_folder, read_json, write_file, write_json, write_rows
@@ -141,9 +149,9 @@ def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
         for planes, path in zip(stack.phases, images, strict=True):
             try:
                 image = nib.Nifti1Image(read_phase(planes), stack.affine)
-            except ValueError:
+            except ValueError as error:
                 record.unlink()
-                raise
+                raise ValueError(without_names(str(error), [stack.names["patient_name"]])) from error
             image.header.set_xyzt_units("mm", "sec")
             image.set_qform(stack.affine, code=1)
             image.set_sform(stack.affine, code=1)

@@ -53,6 +53,7 @@ DETECT_FILES: MapFiles = {
     "pred": (PROBABILITY_FILE, np.float32),
     "regions": (REGIONS_FILE, np.uint16),
 }
+OF_ALL_CASES = ("worklist.csv", PAGE, TABLE)
 STAGES = {"segmentation": SEGMENT_FILES, "detection": DETECT_FILES}
 
 
@@ -206,7 +207,7 @@ class CaseRecord:
         """Forget a stage and those after it: their entries first, then their files."""
         later = list(STAGES)[list(STAGES).index(name) :]
         if "detection" in self.qc["stages"]:
-            for file in ("worklist.csv", PAGE, TABLE):
+            for file in OF_ALL_CASES:
                 (self.output / file).unlink(missing_ok=True)
         for stage in later:
             self.qc["stages"].pop(stage, None)

@@ -138,21 +138,29 @@ def write_table_of_run(
 def table(predictions: str | Path) -> Outcome:
     """Write ``cases.parquet`` from the files of a run.
 
+    A case whose record is damaged has a row that says so, and is among the failures; the others are in the table.
+
     Args:
         predictions: output folder of ``run``.
 
     Raises:
         ValueError: if there is no case in it, or pyarrow is missing.
     """
-    folder = Path(predictions)
+    folder, failures = Path(predictions), {}
     if not next(folder_records(folder), None):
         raise ValueError(f"{folder}: no qc.json in it. Give the output folder of 'run'.")
-    write_table(folder / TABLE, folder_rows(folder))
-    return Outcome(f"{folder / TABLE}", {})
+    write_table(folder / TABLE, folder_rows(folder, failures))
+    lines = [f"{folder / TABLE}", *(f"  {case}: {reason}" for case, reason in failures.items())]
+    return Outcome("\n".join(lines), failures)
 
 
-def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows from the records in a folder, one after another; failed cases from its worklist."""
+def folder_rows(folder: Path, failures: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows from the records in a folder, one after another; failed cases from its worklist.
+
+    Args:
+        folder: output folder of ``run``.
+        failures: gets case and reason of every record that cannot be read.
+    """
     worklist, record = folder / "worklist.csv", folder / "quarantine.json"
     quarantined = read_json(record) if record.is_file() else {}
     broken = set()
@@ -160,21 +168,29 @@ def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
         status = "quarantined" if row["case"] in quarantined else "failed"
         broken.add(row["case"])
         yield failed_case_row(row["case"], row["message"], status)
-    for record in folder_records(folder):
-        qc = read_json(record)
-        if qc["case"] in broken:  # what was done before it failed
+    for path in folder_records(folder):
+        case = path.parent.relative_to(folder).as_posix()
+        if case in broken:  # what was done before it failed
             continue
-        row = case_row(qc)
-        cine = folder / (row["heart"] or "") / "cine.json"
-        yield with_heart(row, table_row(read_json(cine)) if cine.is_file() else None)
+        try:
+            qc = read_json(path)
+            if "segmentation" not in qc["stages"]:  # of an interrupted run
+                continue
+            row = case_row(qc)
+            path = folder / (row["heart"] or "") / "cine.json"
+            yield with_heart(row, table_row(read_json(path)) if path.is_file() else None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            other = f"{path}: not as 'run' writes it ({error!r}). Remove it, and run the case again."
+            failures[case] = str(error) if str(path) in str(error) else other
+            yield failed_case_row(case, failures[case])
 
 
 def folder_records(folder: Path) -> Iterator[Path]:
-    """Every complete case's ``qc.json`` below a folder, in order of names."""
+    """Every ``qc.json`` below a folder, in order of names."""
     with os.scandir(folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir():
             yield from folder_records(folder / entry.name)
-        elif entry.name == "qc.json" and "segmentation" in read_json(folder / "qc.json").get("stages", {}):
+        elif entry.name == "qc.json":
             yield folder / "qc.json"

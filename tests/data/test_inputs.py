@@ -11,6 +11,7 @@ from cardiac_qc_plugin.data.folds import hold_out, read_fold
 from cardiac_qc_plugin.data.inputs import NoScans, find_scans, input_files
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
+from cardiac_qc_plugin.workflows.auto3dseg import check_datalist
 from cardiac_qc_plugin.workflows.files import read_json, read_volume
 from cardiac_qc_plugin.workflows.table import folder_rows
 
@@ -252,6 +253,21 @@ def test_an_item_of_a_datalist_that_cannot_be_trained_on_is_named(item, tmp_path
         read_fold(tmp_path / "list.json", tmp_path, -1)
 
 
+@pytest.mark.parametrize("fold", [[0], "0", {"a": 1}, 0.5, True])
+def test_a_fold_that_is_no_number_is_named(fold, tmp_path):
+    """Also where the other folds are sound: its scans would be trained on where they are to be left out."""
+    (tmp_path / "a").touch()
+    items = [{"image": "a", "label": "a", "fold": 0}, {"image": "a", "label": "a", "fold": fold}]
+    (tmp_path / "list.json").write_text(json.dumps({"training": items}))
+    for left_out in (-1, 0, 1):
+        with pytest.raises(ValueError) as caught:
+            read_fold(tmp_path / "list.json", tmp_path, left_out)
+        assert f"list.json: item 2 of 'training' has the fold {json.dumps(fold)}. " in str(caught.value)
+        assert "one whole number" in str(caught.value)
+    with pytest.raises(ValueError, match="item 2 of 'training' has the fold"):
+        check_datalist(tmp_path / "list.json", tmp_path)
+
+
 def test_lists_that_are_no_items(tmp_path):
     """Names and numbers of classes, as datalists have them; and an item without an image."""
     items = {"classes": [0, 1, 2], "names": ["LV"], "spacing": [1.4, 1.4], "training": [{"image": "a.nii.gz"}]}
@@ -271,4 +287,4 @@ def test_a_damaged_table_is_named(tmp_path):
         find_scans(tmp_path / "list.csv")
     (tmp_path / "worklist.csv").write_text(f"case,status,message\nheart,failed,{line}\n")
     with pytest.raises(ValueError, match=r"worklist.csv: cannot be read as CSV .*field larger than.*Remove it"):
-        list(folder_rows(tmp_path))
+        list(folder_rows(tmp_path, {}))

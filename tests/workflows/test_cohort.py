@@ -223,6 +223,29 @@ def test_a_url_gets_the_same_files(world, local):
     assert {name: store.modified(name) for name in store.find("/cohort")} == modified
 
 
+@pytest.mark.parametrize("scheme", ["memory://invalidated", ""])
+def test_what_is_of_all_cases_goes_with_a_detection(world, tmp_path, scheme):
+    """From a folder and from an object store, when a case is only segmented anew; a skipped case takes nothing away."""
+    output = scheme or str(tmp_path)
+    task = ("patient001_frame01", world / "data/patient001/patient001_frame01.nii.gz")
+    work = CohortWorker(output, loader(world))
+    work(task)
+    names = ("worklist.csv", "report.html", "cases.parquet", "mine.csv")
+    for name in names:
+        work.store.write(name, lambda path: path.write_text("of the first run"))
+    there = work.store.fs.exists if scheme else os.path.exists
+    root = work.store.root if scheme else output
+
+    def found():
+        return [name for name in names if there(f"{root}/{name}")]
+
+    work(task)
+    assert len(found()) == 4
+    (segmenter, _), _ = load_predictors("dn", "bmap", 3, "all", "cpu", world / "bundles")
+    made = CohortWorker(output, lambda: ((segmenter, None), None))(task)
+    assert not made["failures"] and found() == ["mine.csv"]
+
+
 def test_a_given_phase_that_one_cine_lacks(world, tmp_path):
     """Its phases are done, and the cine is named; by a worker, which sees no other cine, as by the local engine."""
     cine = nib.load(world / "data" / "cine.nii.gz")

@@ -55,6 +55,28 @@ def test_a_heart_lies_in_one_folder(journal, tmp_path):
     assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == ["a_ed", "a_es"]
 
 
+@pytest.mark.parametrize("files", [("A/x/p_ed.nii", "B/x/p_es.nii"), ("A/p_ed.nii", "B/p_ed.nii", "C/B_p_es.nii")])
+def test_folders_that_would_make_one_heart_are_refused(files, tmp_path):
+    """Where the folder's name does not tell two patients apart either; both engines name the files."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    one, other = files[-2:]
+    message = rf"^{tmp_path}/{one} and {tmp_path}/{other} lie in different folders, and would be one heart, '._p'"
+    with pytest.raises(ValueError, match=message):
+        find_scans(tmp_path)
+    journal = Journal(tmp_path / "journal.db")
+    with pytest.raises(ValueError, match=message):
+        journal.add_files(input_files(tmp_path))
+    journal.close()
+    (tmp_path / "list.csv").write_text(f"image,case\n{one},\n{other},q_es\n")  # the manifest's word holds
+    assert len(find_scans(tmp_path / "list.csv")) == 2
+    (tmp_path / "list.csv").write_text("image\nA/x/p_ed.nii\nB/../A/x/p_es.nii\n")  # one folder
+    (tmp_path / "A" / "x").mkdir(exist_ok=True)
+    (tmp_path / "A/x/p_ed.nii").touch()
+    assert [scan.case for scan in find_scans(tmp_path / "list.csv")] == ["p_ed", "p_es"]
+
+
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_folder_of_dicom_files_renames_no_scan_in_it(journal, tmp_path, scheme):
     """Not those named like the folder either; and what an interrupted run left in the output is no scan."""
@@ -176,6 +198,16 @@ def test_store_in_memory_writes_records_last(monkeypatch):
     with store.working("case") as root:
         assert {path.name: path.read_text() for path in (root / "case").iterdir() if path.name == "a"} == {"a": "new"}
     assert len(done) == 4  # nothing changed
+
+
+@pytest.mark.parametrize("content", [b'{"made": ', b"[1]", b"\xff\xfe"])
+def test_a_damaged_record_is_named_by_every_store(content, tmp_path):
+    """Cut short, no object, no text; it is not the store's fault, so it is no OutputError, which would stop the run."""
+    pytest.importorskip("fsspec")
+    for store in (open_store("memory://damaged"), open_store(tmp_path / "store")):
+        store.write("case/qc.json", lambda path: path.write_bytes(content))
+        with pytest.raises(ValueError, match=rf"^{store}/case/qc\.json: cannot be read as JSON .*remove it"):
+            store.read_json("case/qc.json")
 
 
 def test_store_without_atomic_writes_renames(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
+from cardiac_qc_plugin.workflows import import_dicom
 from cardiac_qc_plugin.workflows.files import OutputError, read_volume
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
@@ -224,6 +225,21 @@ def test_a_cine_that_cannot_be_read_is_a_failure(tmp_path):
     ((case, reason),) = inputs.failures
     assert case.startswith("study_") and "IM0003" in reason
     assert not list((tmp_path / "out").glob("*/dicom.json"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_no_patient_name_in_the_reason_of_damaged_pixels(tmp_path, monkeypatch, damage):
+    """Neither from the file's name nor from its folder's; what else the file is called is told."""
+    names = [f"GOLDMANN_{number:02d}" for number in range(5 * PHASES)]
+    files = write(tmp_path / "Emilia G", cine(), names)
+    if damage == "truncated":
+        files[3].write_bytes(files[3].read_bytes()[:-20])
+    else:
+        digest = import_dicom.stack_digest
+        monkeypatch.setattr(import_dicom, "stack_digest", lambda stack: (digest(stack), files[3].unlink())[0])
+    ((_, reason),) = gather_scans(tmp_path / "Emilia G", tmp_path / "out").failures
+    assert reason.startswith("..._03: its pixels cannot be read (")
+    assert "goldmann" not in reason.lower() and "emilia" not in reason.lower()
 
 
 def test_run_command(bundles, tmp_path, command):  # noqa: F811

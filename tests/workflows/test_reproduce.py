@@ -418,6 +418,11 @@ def test_bad_data_and_regime_are_named(settings, tmp_path):
     write_json(tmp_path / "few.json", {"training": items})
     with pytest.raises(ValueError, match="few.json: fold 0 leaves fewer than three patients to train a detector"):
         replace(settings, datalist=tmp_path / "few.json")
+    items = read_json(settings.datalist)["training"]
+    for fold, message in (({"fold": "0"}, 'has the fold "0"'), ({"fold": None}, "has no fold")):
+        write_json(tmp_path / "odd.json", {"training": [items[0], items[1] | fold]})
+        with pytest.raises(ValueError, match=f"odd.json: item 2 of 'training' {message}"):
+            replace(settings, datalist=tmp_path / "odd.json")
 
 
 def test_a_segmentation_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """The run command on phantoms, with small untrained networks: its files, its memory, and what it says of bad input."""
 
+import errno
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -147,10 +149,35 @@ def test_a_case_whose_detection_failed_is_in_the_table_once(scan, predictors, tm
     monkeypatch.setattr("cardiac_qc_plugin.workflows.run.detect", fail)
     with pytest.raises(CaseFailures, match="no heart"):
         run(find_scans(scan), tmp_path, *predictors)
-    assert [(row["case"], row["status"]) for row in folder_rows(tmp_path)] == [("oblique", "failed")]
+    assert [(row["case"], row["status"]) for row in folder_rows(tmp_path, {})] == [("oblique", "failed")]
     (tmp_path / "worklist.csv").unlink()  # as if the run had been stopped there
-    (row,) = folder_rows(tmp_path)
+    (row,) = folder_rows(tmp_path, {})
     assert (row["case"], row["slices"], row["map"]) == ("oblique", 3, "bmap") and "regions_flagged" not in row
+
+
+def test_a_damaged_record_keeps_no_other_case_out_of_the_table(predictors, tmp_path):
+    """Cut short, or without what is needed; of a case, or of a heart. Each is named, with exit code 1."""
+    write_acdc_like(tmp_path / "in", 2, shape=(48, 56), n_slices=2)
+    output = tmp_path / "out"
+    run(find_scans(tmp_path / "in"), output, *predictors)
+    (output / "patient001_frame01" / "qc.json").write_text('{"case": "patient0')
+    (output / "patient001_frame11" / "qc.json").write_text('{"stages": {"segmentation": {}}}')
+    (output / "patient002" / "cine.json").write_text("{}")
+    (output / "rest").mkdir()
+    (output / "rest" / "qc.json").write_text('{"stages": {}}')  # of an interrupted run: no row, as before
+    shutil.copytree(output / "patient002_frame01", output / "sound")
+    qc = json.loads((output / "sound" / "qc.json").read_text())
+    (output / "sound" / "qc.json").write_text(json.dumps(qc | {"case": "sound"}))
+    command = [sys.executable, "scripts/pipeline.py", "table", "--predictions", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr
+    files = {"patient001_frame01": "patient001_frame01/qc.json", "patient001_frame11": "patient001_frame11/qc.json"}
+    files |= dict.fromkeys(("patient002_frame01", "patient002_frame11"), "patient002/cine.json")
+    found = pd.read_parquet(output / "cases.parquet").set_index("case")
+    assert dict(found["status"]) == dict.fromkeys(files, "failed") | {"sound": "done"}
+    for case, file in files.items():
+        assert found["message"][case].startswith(f"{output / file}: ") and "emove it" in found["message"][case]
+        assert f"  {case}: {found['message'][case]}" in done.stdout.splitlines()
 
 
 def test_a_bundle_may_be_moved(bundles, predictors, tmp_path):
@@ -468,6 +495,43 @@ def test_scans_of_a_bundles_folder(tmp_path):
         scan_items(folder, folder / "results")
     with pytest.raises(ValueError, match="nowhere: no scan"):
         scan_items(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_results_of_an_earlier_bundle_run_are_no_scans(tmp_path, caplog):
+    """Nor the pipeline's; what only sounds like a result stays."""
+    scans = ["a.nii.gz", "a_segmentation.nii.gz", "eval/entropy_of_b.nii.gz", "p_segmentation/p.nii"]
+    results = [f"eval/a/a_{name}.nii.gz" for name in ("segmentation", "bayesian", "entropy")]
+    results += [f"failures/a/a_failure_{name}.nii.gz" for name in ("probability", "regions")]
+    results += [f"out/a/{name}.nii.gz" for name in FILES] + ["failures/a/a_segmentation.nii.gz"]
+    for name in (*scans, *results):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    caplog.set_level("INFO")
+    assert [item["image"] for item in scan_items(tmp_path, tmp_path / "new")] == [
+        str(tmp_path / name) for name in scans
+    ]
+    line = f"{tmp_path}: results of earlier runs in 3 folder(s) are left out, {tmp_path / 'eval/a'} first."
+    assert [record.getMessage() for record in caplog.records] == [line]
+    assert [scan.path for scan in find_scans(tmp_path)] == [tmp_path / name for name in scans]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, caplog):
+    """And the others are searched; root may read all, so the refusal is played."""
+    for name in ("a/one.nii.gz", "locked/two.nii.gz", "z/three.nii.gz"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = [Path(item["image"]).name for item in scan_items(tmp_path, tmp_path / "out")]
+    assert found == ["one.nii.gz", "three.nii.gz"]
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert message.startswith(f"{tmp_path / 'locked'}: this folder cannot be read (Permission denied)")
 
 
 def test_help_lists_options_only(command):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cardiac_qc_plugin.data.inputs import InputFile
+from cardiac_qc_plugin.data.inputs import InputFile, heart_of, two_homes
 
 __all__ = ["Journal"]
 
@@ -15,7 +15,10 @@ SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA temp_store = FILE;
-CREATE TABLE files (id INTEGER PRIMARY KEY, name TEXT, other_name TEXT, heart TEXT, folder TEXT, path TEXT);
+CREATE TABLE files (
+    id INTEGER PRIMARY KEY, name TEXT, heart TEXT, other_name TEXT, other_heart TEXT, given INTEGER, folder TEXT,
+    path TEXT
+);
 CREATE TABLE cases (
     file INTEGER, number INTEGER, name TEXT, heart TEXT, role TEXT, status TEXT, message TEXT,
     row TEXT, worklist TEXT, urgency REAL, region_failure REAL, sampled INTEGER,
@@ -49,16 +52,28 @@ class Journal:
         """Take in what there is to process; names are those of :func:`~cardiac_qc_plugin.data.inputs.find_scans`.
 
         Raises:
-            ValueError: if two files would give the same case.
+            ValueError: if two files would give the same case, or files of different folders the same heart.
         """
         rows = (
-            (file.name, file.name_with_folder, file.heart, str(file.home), os.path.realpath(file.path))
+            (
+                *(file.name, file.heart, file.name_with_folder, heart_of(file.name_with_folder)),
+                *(file.case is not None, str(file.home), os.path.realpath(file.path)),
+            )
             for file in files
         )
-        self.db.executemany("INSERT INTO files (name, other_name, heart, folder, path) VALUES (?, ?, ?, ?, ?)", rows)
-        self.db.execute(f"UPDATE files SET name = other_name WHERE name IN ({DOUBLED}) OR heart IN ({SCATTERED})")
+        self.db.executemany("INSERT INTO files VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.db.execute(  # by one list of all: a second one would be made of rows that are changed already
+            f"""UPDATE files SET name = other_name, heart = other_heart WHERE id IN
+                (SELECT id FROM files WHERE name IN ({DOUBLED}) OR heart IN ({SCATTERED}))"""
+        )
         if doubled := self.db.execute(f"{DOUBLED} LIMIT 1").fetchone():
             raise ValueError(f"Several files would give the case '{doubled[0]}'. Rename them.")
+        found = self.db.execute(
+            """SELECT heart, MIN(path), MAX(path) FROM files WHERE NOT given
+               GROUP BY heart HAVING COUNT(DISTINCT folder) > 1 LIMIT 1"""
+        )
+        if scattered := found.fetchone():
+            raise two_homes(*scattered)
 
     def count(self, table: str, where: str = "1") -> int:
         """Rows of a table."""

@@ -1,14 +1,14 @@
 """Where the results of a cohort go: a folder that all workers share, or an object store."""
 
 import contextlib
-import json
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import OutputError, file_sha256, read_json, write_file
+from ..files import OutputError, file_sha256, parse_json, read_json, write_file
+from ..run import OF_ALL_CASES
 
 __all__ = ["FolderStore", "Store", "UrlStore", "open_store"]
 
@@ -37,7 +37,7 @@ class FolderStore:
         return str(self.folder)
 
     def read_json(self, name: str) -> Any:
-        """Content of a JSON file, None where there is none."""
+        """Content of a JSON object's file, None where there is none; ValueError where it is damaged."""
         return read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def write(self, name: str, write: Callable[[Path], None]) -> None:
@@ -99,12 +99,13 @@ class UrlStore:
             raise OutputError(f"cannot reach {self.url}/{name}: {cause}") from error
 
     def read_json(self, name: str) -> Any:
-        """Content of a JSON file, None where there is none."""
+        """Content of a JSON object's file, None where there is none; ValueError where it is damaged."""
         with self.reaching(name):
             try:
-                return json.loads(self.fs.cat_file(f"{self.root}/{name}"))
+                content = self.fs.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
                 return None
+        return parse_json(lambda: content, f"{self.url}/{name}")
 
     def put(self, path: Path, name: str) -> None:
         """Store a file; a reader sees the old one or the new one."""
@@ -135,7 +136,7 @@ class UrlStore:
         """A folder in which `name` has what is stored under it, and what is changed below it is stored.
 
         Records are removed first and written last, so whoever reads the store meanwhile sees no record without its
-        files.
+        files. An empty file stands for each that is of all cases: where it is removed, the store's is.
         """
         with tempfile.TemporaryDirectory() as temporary:
             root = Path(temporary)
@@ -144,14 +145,16 @@ class UrlStore:
                 if self.fs.exists(f"{self.root}/{name}"):
                     (root / name).mkdir(parents=True)
                     self.fs.get(f"{self.root}/{name}/", f"{root / name}/", recursive=True)
+                    for file in OF_ALL_CASES:
+                        if self.fs.exists(f"{self.root}/{file}"):
+                            (root / file).touch()
             before = versions(root)
             yield root
             after = versions(root)
             changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
             for file in sorted(changed & before.keys(), key=lambda file: file.name not in RECORDS):
                 if file.name in RECORDS or file not in after:
-                    with self.reaching(str(file)):
-                        self.fs.rm_file(f"{self.root}/{file.as_posix()}")
+                    self.remove(file.as_posix())
             for file in sorted(changed & after.keys(), key=lambda file: (file.name in RECORDS, file)):
                 self.put(root / file, file.as_posix())
 

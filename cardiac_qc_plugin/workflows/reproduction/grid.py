@@ -10,7 +10,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.bundle import DETECTOR, find_bundle
-from cardiac_qc_plugin.data.folds import hold_out
+from cardiac_qc_plugin.data.folds import hold_out, training_items
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES, SEGMENTATION_FILE
 from cardiac_qc_plugin.reports.paper_tables import Experiment
@@ -198,8 +198,12 @@ class Settings:
 
     @cached_property
     def items(self) -> list[dict[str, Any]]:
-        """Items of the datalist."""
-        return read_json(self.datalist_file)["training"]
+        """Items of the datalist; ValueError where one is no item to train on, or has no fold."""
+        items = training_items(self.datalist_file)
+        for number, item in enumerate(items, start=1):
+            if item.get("fold") is None:
+                raise ValueError(f"{self.datalist_file}: item {number} of 'training' has no fold. Give it one.")
+        return items
 
     @property
     def datalist_file(self) -> Path:
