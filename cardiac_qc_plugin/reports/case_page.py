@@ -129,7 +129,7 @@ def _source(path: Path) -> str:
         for record in (path.parent / "dicom.json", path.parent.parent / "dicom.json"):
             if record.is_file():
                 numbers = [str(number) for number in read_json(record).get("series_numbers", ()) if number >= 0]
-                return "DICOM" + f" series {', '.join(numbers)}" * bool(numbers)
+                return f"DICOM series {', '.join(numbers)}" if numbers else "DICOM"
     return path.name
 
 
