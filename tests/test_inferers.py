@@ -285,7 +285,8 @@ def test_network_that_does_more_with_its_layers_than_fusing_sees(way, amp):
     for passes in (network, prepared, prepared):
         result = split(inferer(slices, passes).numpy())
         for key, value in result.items():
-            np.testing.assert_allclose(value, expected[key], atol=0.3 if amp else 2e-5, err_msg=key)
+            close = {"votes": 1}.get(key, 0.3) if amp else 2e-5  # all may vote otherwise where classes are equal
+            np.testing.assert_allclose(value, expected[key], atol=close, err_msg=key)
             assert not amp or np.abs(value - expected[key]).mean() < 0.01, key
 
 
