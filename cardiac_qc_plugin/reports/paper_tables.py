@@ -235,7 +235,7 @@ def ablation_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
     """What the paper only names, each beside the grid's own: another detector, or an ensemble instead of dropout.
 
     Failures by the criterion ``paper``. ``aurc`` orders scans by 1 - the pairwise Dice coefficient of samples or
-    members.
+    members; ``aurc_oracle`` is that of the best order of these segmentations.
     """
     varied = [e for e in experiments if e.kind in VARIANTS and e.folder]
     rows = []
@@ -244,10 +244,11 @@ def ablation_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
         for experiment in grid + [e for e in varied if e.run == run]:
             summary, kind = experiment.summary, experiment.kind
             variant = "" if kind == "grid" else kind if experiment.value is None else f"{kind}: {experiment.value}"
+            order = summary["scan_level"].get("sample_disagreement", {})
             rows.append(
                 {"model": network_name(*run[:2]), "map": MAP_NAMES[run[2]], "variant": variant}
                 | {"folds": listed(experiment.folds), "mean_dice": summary["mean_dice"]["mean"]}
-                | {"aurc": summary["scan_level"].get("sample_disagreement", {}).get("aurc")}
+                | {"aurc": order.get("aurc"), "aurc_oracle": order.get("oracle")}
                 | detection(summary["detection"]["criteria"]["paper"])
             )
     return rows

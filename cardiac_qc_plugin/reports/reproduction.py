@@ -215,7 +215,7 @@ def ablations_text(rows: Sequence[Row]) -> str:
     """Other detectors, and ensembles instead of dropout."""
     lines = [
         [f"{row['model']}, {row['map']}", row["variant"].replace("_", " ") or "as in Table III", row["folds"]]
-        + [number(row["mean_dice"], 3), number(row["aurc"], 4)]
+        + [number(row["mean_dice"], 3), *(number(row[key], 4) for key in ("aurc", "aurc_oracle"))]
         + [number(row[f"{key}_pct"], 1) for key in ("ap_mean_curve", "regions_flagged")]
         + [number(row[f"{key}_pct"], 1) for key in ("region_precision", "region_recall", "voxel_sensitivity")]
         for row in rows
@@ -224,9 +224,11 @@ def ablations_text(rows: Sequence[Row]) -> str:
         "Detector maps: out-of-fold maps come from the networks that did not see the patient, in-sample maps from the "
         "network that did. See segmentation: its label numbers are the detector's third channel. Members: networks "
         "of other seeds (ensemble), or one network at the end of each learning-rate cycle (snapshots); their mean is "
-        "the segmentation, their standard deviation the b-map. Criterion `paper`."
+        "the segmentation, their standard deviation the b-map. Criterion `paper`. The AURC is that of the order by the "
+        "disagreement of samples or members; a better segmentation has a lower one in any order, so compare it with "
+        "the oracle's."
     )
-    header = ["", "variant", "folds", "mean Dice", "AURC of scans", "slice AP, mean curve (%)", "flagged (%)"]
+    header = ["", "variant", "folds", "mean Dice", "AURC of scans", "oracle", "slice AP, mean curve (%)", "flagged (%)"]
     header += ["region precision (%)", "region recall (%)", "failure voxels found (%)"]
     return f"{note}\n\n{markdown(header, lines)}"
 

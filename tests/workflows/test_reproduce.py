@@ -311,6 +311,7 @@ def test_what_the_paper_only_names(settings, world):
     table = rows_of(output / "tables" / "ablations.csv")
     variants = ["", "see_segmentation", "detector_maps: out_of_fold", "members: ensemble", "members: snapshots"]
     assert [row["variant"] for row in table] == variants and all(row["mean_dice"] for row in table)
+    assert all(0 <= float(row["aurc_oracle"]) <= float(row["aurc"]) for row in table)
     assert "| DN-Brier, b-map | members: ensemble | 0 1 |" in (output / "results.md").read_text()
     with pytest.raises(ValueError, match="'tiny' with 2 iterations of dn leaves no snapshots"):
         Grid(replace(settings, regime="tiny")).by_fold()
