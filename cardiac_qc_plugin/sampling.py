@@ -36,7 +36,7 @@ _DROPOUT = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "F
 def reduced_precision(device: torch.device) -> bool:
     """Whether bf16 convolutions are fast on the device: GPUs, CPUs with AMX, and AMD's with AVX512-bf16 instructions.
 
-    With AVX512-bf16 they take half the time of fp32 on AMD's CPUs, but twice the time on Intel's
+    With AVX512-bf16 they take half the time of fp32 on AMD's CPUs, but 1.4 to 1.9 times as long on Intel's
     (docs/performance.md).
     """
     if device.type == "cpu":
