@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py [--network drn] [--region whole] [--quick] [--json FILE]
 
-Each line is a process of its own, that segments the synthetic heart three times after a warm-up: the median. The slope is
-that of the logarithm of the seconds over the logarithm of what grows: 1 is proportional.
+Each line is a process of its own, that segments the synthetic heart three times after a warm-up: the median. The slope
+is that of the logarithm of the seconds over the logarithm of what grows: 1 is proportional.
 """
 
 import argparse
