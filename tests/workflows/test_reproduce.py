@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_json
-from cardiac_qc_plugin.workflows.reproduction import ablations, stage_work
+from cardiac_qc_plugin.workflows.reproduction import ablations, stage_work, step_time
 from cardiac_qc_plugin.workflows.reproduction import grid as grid_module
 from cardiac_qc_plugin.workflows.reproduction.ablations import cluster_shares, tolerance_shares
 from cardiac_qc_plugin.workflows.reproduction.grid import Grid, Settings
@@ -242,6 +243,15 @@ def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, wor
         assert 0 < step["seconds"] and parts == pytest.approx(step["seconds"], rel=0.5)
     carry_out([stage], Budget())
     assert stage.done and len(read_losses(stage.folder / "loss.csv")) == 3
+
+
+def test_times_of_another_precision_are_measured_anew(tmp_path, monkeypatch):
+    config, cache = tmp_path / "train.json", tmp_path / "step_times.json"
+    config.write_text("{}")
+    for bits, known in (("fp32", 1), ("fp32", 1), ("bf16", 2)):
+        monkeypatch.setattr(step_time, "precision", lambda device, bits=bits: bits)
+        assert step_time.measured(cache, Counter, [str(config)]) == {str(config): 1}
+        assert len(read_json(cache)) == known
 
 
 def test_out_of_fold_maps_and_ablations(settings, grid, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.memory import keep_memory
+from cardiac_qc_plugin.sampling import precision
 
 from ..files import read_json, write_json
 
@@ -33,13 +34,15 @@ def measured(cache: Path, function: Callable[..., dict[str, Any]], *args: Any) -
     """The result of a measurement in a process of its own, so that its memory is its own; kept in a file.
 
     Args:
-        cache: JSON file of earlier results on this machine.
+        cache: JSON file of earlier results; those of another machine or precision are not taken.
         function: `training_step` or `inference_time`.
         *args: its arguments: files of a configuration, and its overrides.
     """
     texts = [Path(file).read_text() for file in args[0]]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    machine = [gpu, torch.get_num_threads(), torch.__version__]
+    on_gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpu else dict(getattr(torch.cpu, "get_capabilities", dict)())
+    bits = precision(torch.device("cuda" if on_gpu else "cpu"))
+    machine = [name, bits, torch.get_num_threads(), torch.__version__]
     key = hashlib.sha256(json.dumps([function.__name__, texts, args[1:], machine]).encode()).hexdigest()[:16]
     known = read_json(cache) if cache.is_file() else {}
     if key not in known:
