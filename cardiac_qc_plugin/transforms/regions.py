@@ -18,9 +18,10 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
 Box = tuple[int, int, int, int]
+REGION_SIZE, MIN_SIZE = 8, 80  # pixels: a cell, and the smallest crop (V-B)
 
 
-def crop_box(mask_slice: np.ndarray, region_size: int = 8, min_size: int = 80) -> Box:
+def crop_box(mask_slice: np.ndarray, region_size: int = REGION_SIZE, min_size: int = MIN_SIZE) -> Box:
     """The detector's crop: the fewest cells around the automatic segmentation (paper, section V-B).
 
     Args:
@@ -262,7 +263,7 @@ class RegionLabelsd(MapTransform):
         allow_missing_keys: skip masks that are not there.
     """
 
-    def __init__(self, keys: KeysCollection, region_size: int = 8, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, region_size: int = REGION_SIZE, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.region_size = region_size
 
@@ -294,8 +295,8 @@ class FlagRegionsd(MapTransform):
         keys: KeysCollection,
         segmentation_key: str,
         threshold: float,
-        region_size: int = 8,
-        min_size: int = 80,
+        region_size: int = REGION_SIZE,
+        min_size: int = MIN_SIZE,
         image_key: str = "image",
         regions_key: str = "regions",
         result_key: str = "result",
