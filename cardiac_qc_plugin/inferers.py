@@ -1,4 +1,4 @@
-"""Slice-wise inference with Monte Carlo dropout."""
+"""Slice-wise inference: a network with Monte Carlo dropout, an ensemble, and the detector of failures."""
 
 import copy
 from collections.abc import Callable, Sequence
