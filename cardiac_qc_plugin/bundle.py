@@ -267,7 +267,7 @@ def load_detector(
     if (model, map) not in available:
         raise ValueError(
             f"The failure bundle has no detector for the {model} and the {map}, but for "
-            f"{', '.join(map(' '.join, available)) or 'none'}. Train one with the bundle's train.json: "
+            f"{', '.join(' '.join(pair) for pair in available) or 'none'}. Train one with the bundle's train.json: "
             f"--segmentation_model {model} --map {map}."
         )
     settings = {} if threshold is None else {"threshold": float(threshold)}

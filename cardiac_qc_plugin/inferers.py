@@ -1,4 +1,4 @@
-"""Slice-wise inference with Monte Carlo dropout."""
+"""Slice-wise inference: a network with Monte Carlo dropout, an ensemble, and the detector of failures."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from .sampling import (
     sample_seed,
     sampling,
 )
-from .transforms.regions import crop_box, crop_slice, paint_regions
+from .transforms.regions import MIN_SIZE, REGION_SIZE, crop_box, crop_slice, paint_regions
 from .transforms.spatial import CODES, seen_from_base
 from .transforms.uncertainty import bayesian_map, predictive_entropy
 
@@ -386,7 +386,7 @@ class FailureRegionInferer(Inferer):
     """
 
     def __init__(
-        self, region_size: int = 8, min_size: int = 80, see_segmentation: bool = False, amp: bool = True
+        self, region_size: int = REGION_SIZE, min_size: int = MIN_SIZE, see_segmentation: bool = False, amp: bool = True
     ) -> None:
         super().__init__()
         self.region_size = region_size

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -560,6 +561,18 @@ def test_each_network_and_map_has_a_detector_of_its_own(name, tmp_path):
     if name == "inference.json":
         path.with_name(f"{path.stem}_operating_point.json").write_text('{"threshold": 0.25}')
         assert parser.get_parsed_content("threshold") == 0.25
+
+
+def test_a_detector_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    folder = tmp_path / "cardiac_segmentation_failure"
+    shutil.copytree(ROOT / "bundles" / folder.name / "configs", folder / "configs")
+    with pytest.raises(ValueError, match="no detector for the unet and the emap, but for none. Train one"):
+        load_detector("unet", "emap", root=tmp_path)
+    (folder / "models").mkdir()
+    for model, map in (("drn", "bmap"), ("dn", "emap")):
+        (folder / "models" / detector_file(model, map)).touch()
+    with pytest.raises(ValueError, match="but for drn bmap, dn emap. Train one .*--segmentation_model unet --map emap"):
+        load_detector("unet", "emap", root=tmp_path)
 
 
 def test_without_an_operating_point_a_threshold_is_asked_for(tmp_path):

@@ -26,17 +26,26 @@ PAGE = "report.html"
 RECORD = re.compile(r'<script type="application/json" id="record">(.*?)</script>', re.DOTALL)
 
 
-def write_case(folder: Path) -> None:
+def write_case(folder: Path) -> str:
     """Draw a case's page, unless the one that is there was made from the same results.
 
     Args:
         folder: the case's folder, with ``qc.json`` and the files of all stages. The image is read from where
             ``qc.json`` says that the input lies.
 
+    Returns:
+        The page as it is now.
+
     Raises:
         ValueError: if a file is missing or damaged, or the files differ in shape; the message names the file.
     """
-    _page(folder)
+    qc, path = read_json(folder / "qc.json"), folder / PAGE
+    made_of = hashlib.sha256(f"{made_with()}{json.dumps(qc, sort_keys=True)}".encode()).hexdigest()
+    page = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if read_record(page).get("made_of") != made_of:
+        page = _draw(folder, qc, made_of)
+        write_text(path, page)
+    return page
 
 
 def update_case(folder: Path, links: Mapping[str, Any], heart: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -50,7 +59,7 @@ def update_case(folder: Path, links: Mapping[str, Any], heart: Mapping[str, Any]
     Returns:
         The page's record, see :func:`read_record`.
     """
-    page = _page(folder)
+    page = write_case(folder)
     parts = {"links": render("links.html", **links)}
     parts["heart"] = render("heart.html", heart=heart, case=links["case"]) if heart else ""
     placed = page
@@ -67,21 +76,6 @@ def read_record(page: str) -> dict[str, Any]:
     the operating point among them; ``regions`` and ``slices``, how many are flagged at each; ``made_of``, a digest."""
     found = RECORD.search(page)
     return json.loads(found[1]) if found else {}
-
-
-def _page(folder: Path) -> str:
-    """The page of a case as it is now, drawn if need be."""
-    qc, path = read_json(folder / "qc.json"), folder / PAGE
-    made_of = _made_of(qc)
-    page = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if read_record(page).get("made_of") != made_of:
-        page = _draw(folder, qc, made_of)
-        write_text(path, page)
-    return page
-
-
-def _made_of(qc: Mapping[str, Any]) -> str:
-    return hashlib.sha256(f"{made_with()}{json.dumps(qc, sort_keys=True)}".encode()).hexdigest()
 
 
 def _draw(folder: Path, qc: Mapping[str, Any], made_of: str) -> str:

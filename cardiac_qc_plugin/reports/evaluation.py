@@ -16,15 +16,6 @@ from . import cine
 __all__ = ["draw_coverage", "draw_regions", "draw_slices", "summary_text"]
 
 NAMES = {**MAP_NAMES, **{f"mean_{map}": f"mean {name}" for map, name in MAP_NAMES.items()}}
-INDICES = {
-    "lv_edv": ("LV EDV", "ml"),
-    "lv_esv": ("LV ESV", "ml"),
-    "lv_ef": ("LV EF", "%"),
-    "rv_edv": ("RV EDV", "ml"),
-    "rv_esv": ("RV ESV", "ml"),
-    "rv_ef": ("RV EF", "%"),
-    "lvm_mass": ("LVM mass", "g"),
-}
 METRICS = {
     "dice": ("Dice", 3),
     "hausdorff": ("HD (mm)", 1),
@@ -64,7 +55,7 @@ def _segmentation(phases: Mapping[str, Any], mean_dice: Mapping[str, Any]) -> li
     cells = [(phase, name, cell) for phase, own in phases.items() for name, cell in own.items()]
     missing = sum(cell["n_missing"] for *_, cell in cells)
     rows = [
-        [METRICS[metric][0], *(_spread(cell[metric], METRICS[metric][1]) for *_, cell in cells)]
+        [METRICS[metric][0], *(spread(cell[metric], METRICS[metric][1]) for *_, cell in cells)]
         for metric in _shown(missing)
     ]
     rows.append(["n (Dice, HD)", *(f"{cell['dice']['n']}, {cell['hausdorff']['n']}" for *_, cell in cells)])
@@ -83,11 +74,12 @@ def _shown(missing: int) -> list[str]:
 
 
 def _clinical(indices: Mapping[str, Any], title: str) -> list[str]:
+    labels = {name.rpartition("_")[0]: label for name, label in cine.INDICES.items()}  # without the unit
     rows = [
         [
-            f"{INDICES[key][0]} ({INDICES[key][1]})",
+            labels[key],
             number(entry["r"], 3),
-            _spread({"mean": entry["bias"], "sd": entry["sd"]}, 1),
+            spread({"mean": entry["bias"], "sd": entry["sd"]}, 1),
             number(entry["mae"], 1),
             f"{entry['n']}",
         ]
@@ -120,7 +112,7 @@ def _detection(detection: Mapping[str, Any]) -> list[str]:
             "regions with failures, mean per volume (%)",
             *(number(c["regions_failing_percent"], 2) for c in columns),
         ],
-        ["slice AP, mean over patients", *(_spread(p["per_patient"], 3) for p in precision)],
+        ["slice AP, mean over patients", *(spread(p["per_patient"], 3) for p in precision)],
         ["slice AP of the mean curve", *(number(p["mean_curve"], 3) for p in precision)],
         ["slice AP, all slices pooled", *(number(p["pooled"], 3) for p in precision)],
         [
@@ -155,7 +147,7 @@ def _detection(detection: Mapping[str, Any]) -> list[str]:
 def _coverage(maps: Mapping[str, Any]) -> list[str]:
     rows = [
         [f"{NAMES[name]} {phase}"]
-        + [_spread(entry[key], digits) for key, digits in (("area", 0), ("normalized_area", 3))]
+        + [spread(entry[key], digits) for key, digits in (("area", 0), ("normalized_area", 3))]
         + [number(entry["best_normalized_area"]["mean"], 3), f"{entry['area']['n']}"]
         for name, phases in maps.items()
         for phase, entry in phases.items()
@@ -183,7 +175,7 @@ def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
     shown = _shown(sum(cell["n_excluded"] for cell in comparison["cells"]))
     rows = [
         [f"{METRICS[cell['metric']][0]} {cell['structure']} {cell['phase']}"]
-        + [_spread(cell[side], METRICS[cell["metric"]][1]) for side in ("before", "after")]
+        + [spread(cell[side], METRICS[cell["metric"]][1]) for side in ("before", "after")]
         + [number(cell["mean_difference"], 3)]
         + [p_value(cell[key]) for key in ("mann_whitney_p", "wilcoxon_p")]
         + [f"{cell['n']}", f"{cell['n_excluded']}"]
@@ -234,8 +226,15 @@ def number(value: float | None, digits: int, scale: float = 1) -> str:
     return "–" if value is None else f"{round(scale * value, digits) + 0.0:.{digits}f}"  # no -0
 
 
-def _spread(entry: Mapping[str, float | None], digits: int) -> str:
+def spread(entry: Mapping[str, float | None], digits: int) -> str:
+    """Mean ± standard deviation."""
     return f"{number(entry['mean'], digits)} ± {number(entry['sd'], digits)}"
+
+
+def marks(row: Mapping[str, Any], star: str = "*") -> str:
+    """A sign after a number for each test, the paper's first, that finds it significantly changed."""
+    tests = ((star, "mann_whitney_p"), ("†", "wilcoxon_p"))
+    return "".join(f" {sign}" for sign, key in tests if (p := row.get(key)) is not None and p <= 0.05)
 
 
 def p_value(value: float | None) -> str:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cardiac_qc_plugin.reports.evaluation import number, p_value, table
+from cardiac_qc_plugin.reports.evaluation import marks, p_value, spread, table
 
 __all__ = ["expert_text"]
 
 METRICS = {"dice": ("Dice coefficient", 3, 2), "hausdorff": ("Hausdorff distance (mm)", 1, 1)}  # digits, the paper's
+STAR = "\\*"  # not Markdown's
 NAMES = {"auto": "auto", "simulated": "auto + simulation", "expert": "auto + expert"}
 
 
@@ -28,14 +29,14 @@ def expert_text(summary: Mapping[str, Any]) -> str:
         "Mean ± standard deviation. \\* p <= 0.05 against auto by Mann-Whitney U, as in the paper; † by Wilcoxon's "
         "signed-rank test, which is for paired data. Paper: Table IV, 50 patients, U-net with cross-entropy, e-maps.",
     ]
-    for metric, (title, digits, spread) in METRICS.items():
+    for metric, (title, digits, theirs) in METRICS.items():
         rows = [row for row in summary["table4"] if row["metric"] == metric]
         cells = list(dict.fromkeys((row["structure"], row["phase"]) for row in rows))
         lines = []
         for scenario, name in NAMES.items():
             own = {(row["structure"], row["phase"]): row for row in rows if row["scenario"] == scenario}
-            lines.append([name, *(_ours(own[cell], digits) for cell in cells)])
-            lines.append([f"{name}, paper", *(_theirs(own[cell], digits, spread) for cell in cells)])
+            lines.append([name, *(spread(own[cell], digits) + marks(own[cell], STAR) for cell in cells)])
+            lines.append([f"{name}, paper", *(_theirs(own[cell], digits, theirs) for cell in cells)])
         lines.append(["n", *(str(own[cell]["n"]) for cell in cells)])
         parts += [f"## {title}", table(["", *(f"{name} {phase}" for name, phase in cells)], lines)]
         parts += [_tests(rows, cells)]
@@ -50,19 +51,10 @@ def expert_text(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _ours(row: Mapping[str, Any], digits: int) -> str:
-    marks = [
-        sign
-        for sign, key in (("\\*", "mann_whitney_p"), ("†", "wilcoxon_p"))
-        if (p := row.get(key)) is not None and p <= 0.05
-    ]
-    return " ".join([f"{number(row['mean'], digits)} ± {number(row['sd'], digits)}", *marks])
-
-
-def _theirs(row: Mapping[str, Any], digits: int, spread: int) -> str:
+def _theirs(row: Mapping[str, Any], digits: int, sd_digits: int) -> str:
     if row.get("paper_mean") is None:
         return "–"
-    return f"{row['paper_mean']:.{digits}f} ± {row['paper_sd']:.{spread}f}" + " \\*" * row["paper_significant"]
+    return f"{row['paper_mean']:.{digits}f} ± {row['paper_sd']:.{sd_digits}f}" + f" {STAR}" * row["paper_significant"]
 
 
 def _tests(rows: Sequence[Mapping[str, Any]], cells: Sequence[tuple[str, str]]) -> str:

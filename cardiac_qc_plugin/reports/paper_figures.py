@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cardiac_qc_plugin.data.predictions import MAP_NAMES
+from cardiac_qc_plugin.transforms.regions import REGION_SIZE
 from cardiac_qc_plugin.workflows.files import read_rows, write_file, write_rows
 
 from .paper_tables import PAIRS, Experiment, by_run, listed, network_name
@@ -125,11 +126,11 @@ def figure7(experiments: Sequence[Experiment]) -> tuple[Figure, list[dict[str, A
         slices, short = number // 2, list(MAP_NAMES)[number % 2]
         name, x, y = (("regions", "false_positives", "sensitivity"), ("slices", "recall", "precision"))[slices]
         for (model, loss, map, size), experiment in sorted(
-            sizes.items(), key=lambda item: (*item[0][:3], item[0][3] or 8)
+            sizes.items(), key=lambda item: (*item[0][:3], item[0][3] or REGION_SIZE)
         ):
             if map != short or (model, loss, map) not in varied:
                 continue
-            rows, width = curve(experiment, f"curves/{name}.csv", criterion="paper"), size or 8
+            rows, width = curve(experiment, f"curves/{name}.csv", criterion="paper"), size or REGION_SIZE
             label = f"{network_name(model, loss)}, {width} x {width}"
             plot(each, rows, x, y, label=label, linewidth=WIDTHS[size], **style(model, loss))
             first = {"model": network_name(model, loss), "map": MAP_NAMES[short], "region_size": width}

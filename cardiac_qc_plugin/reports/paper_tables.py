@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from cardiac_qc_plugin.workflows.files import read_json, read_rows
 __all__ = [
     "CELLS",
     "GRID",
+    "LOSSES",
+    "PAIRS",
+    "TABLE_V",
     "Experiment",
     "ablation_rows",
     "clinical_rows",
@@ -34,6 +37,7 @@ PAIRS = (
     ("unet", "ce"),
     ("unet", "soft_dice"),
 )
+TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
 GRID = tuple((*pair, map) for pair in PAIRS for map in MAP_NAMES)
 CELLS = tuple((phase, name) for phase in ("ED", "ES") for name in ("LV", "RV", "LVM"))
 INDICES = {
@@ -257,10 +261,10 @@ def ablation_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
 def sample_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
     """Table V: Dice and Hausdorff distance over all structures and phases, by number of Monte Carlo samples."""
     known = by_run(experiments, "samples")
-    columns = {"DRN-CE": ("drn", "ce"), "U-net-CE": ("unet", "ce"), "DN-soft-Dice": ("dn", "soft_dice")}
     rows = []
     for theirs in paper("table5"):
-        for name, pair in columns.items():
+        for pair in TABLE_V:
+            name = network_name(*pair)
             experiment = known.get((*pair, "bmap", int(theirs["samples"])))
             spread = pooled(experiment.folder / "cases.csv", theirs["metric"]) if experiment else {}
             mean, sd = theirs[name].split("±")
@@ -276,8 +280,7 @@ def sample_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
 def pooled(cases: Path, metric: str) -> dict[str, Any]:
     """Mean and standard deviation of a metric over the structures of all cases."""
     values = [float(row[f"{metric}_{name}"] or "nan") for row in read_rows(cases) for name in ("LV", "RV", "LVM")]
-    spread = mean_sd(values)
-    return {"mean": spread.mean, "sd": spread.sd, "n": spread.n}
+    return asdict(mean_sd(values))
 
 
 def scan_rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cardiac_qc_plugin.workflows.files import write_rows, write_text
 
+from .evaluation import marks
 from .paper_figures import FIGURES, draw
 from .paper_tables import (
     CELLS,
@@ -96,31 +97,24 @@ def spread(mean: float | None, sd: float | None, digits: int, sd_digits: int | N
     return f"{number(mean, digits)} ± {number(sd, sd_digits or digits) or '–'}" if number(mean, digits) else ""
 
 
-def marks(row: Row) -> str:
-    """Significance by either test."""
-    tests = (("mann_whitney_p", " *"), ("wilcoxon_p", " †"))
-    return "".join(mark for key, mark in tests if row.get(key) is not None and row[key] <= 0.05)
-
-
-def grouped(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
-    """Rows that agree in some columns, in order."""
+def run_groups(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
+    """Rows that agree in some columns, in order, without the groups of which nothing was run."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.values())
+    return [group for group in groups.values() if any(row["folds"] for row in group)]
 
 
-def run_groups(rows: Sequence[Row], *keys: str) -> list[list[Row]]:
-    """`grouped`, without the groups of which nothing was run."""
-    return [group for group in grouped(rows, *keys) if any(row["folds"] for row in group)]
+def run_name(row: Row) -> str:
+    """The network of a row, and the map that its regions were corrected by."""
+    return row["model"] + (f", corrected by {row['corrected_with']}" if row["corrected_with"] else "")
 
 
 def overlap_text(rows: Sequence[Row], digits: int) -> str:
     """Table I for one metric: a line of ours above each of the paper's."""
     lines = []
     for cells in run_groups(rows, "model", "corrected_with"):
-        first = cells[0]
-        name = first["model"] + (f", corrected by {first['corrected_with']}" if first["corrected_with"] else "")
+        first, name = cells[0], run_name(cells[0])
         counts = sorted({cell["n"] for cell in cells if cell["n"] is not None})
         missing = sum(cell.get("n_missing") or cell.get("n_excluded") or 0 for cell in cells)
         count = "" if not counts else "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -137,8 +131,7 @@ def clinical_text(rows: Sequence[Row]) -> str:
     """Table II: a line of ours above each of the paper's."""
     lines = []
     for cells in run_groups(rows, "model", "corrected_with"):
-        first = cells[0]
-        name = first["model"] + (f", corrected by {first['corrected_with']}" if first["corrected_with"] else "")
+        first, name = cells[0], run_name(cells[0])
         for who, prefix in (("ours", ""), ("paper", "paper_")):
             texts = [
                 f"{number(c[prefix + 'r'], 3) or '–'}; {spread(c[prefix + 'bias'], c[prefix + 'sd'], 1)}; "

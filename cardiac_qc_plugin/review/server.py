@@ -9,7 +9,6 @@ import secrets
 import socket
 import threading
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +231,8 @@ def serve(
     reviewer: str = "",
     port: int = 0,
     browser: bool = True,
-    announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve the review page until it is interrupted.
+    """Serve the review page until it is interrupted; its address is printed.
 
     Args:
         predictions: output folder of ``run``.
@@ -242,7 +240,6 @@ def serve(
         reviewer: name that the page proposes.
         port: to listen on; 0 takes a free one.
         browser: open the page in the default browser.
-        announce: is told the address.
 
     Raises:
         ValueError: see `Seat`; the reviewer's name is not UTF-8; or another server reviews into this folder.
@@ -269,9 +266,8 @@ def serve(
         port = listener.getsockname()[1]
         token, once = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         address = f"http://{HOST}:{port}/?token="
-        announce(
-            f"{len(seat.folders)} cases. Corrections go to {output}\nOpen {address}{token}\nCtrl-C ends the server."
-        )
+        told = f"{len(seat.folders)} cases. Corrections go to {output}\nOpen {address}{token}\nCtrl-C ends the server."
+        print(told, flush=True)  # a pipe or a log file would have it when the server ends
         app = create_app(seat, token, port, reviewer, once if browser else None)
         config = uvicorn.Config(app, log_level="warning", server_header=False, ws="none", lifespan="off")
         if browser:  # in a thread: a browser in the terminal returns when it is closed

@@ -18,9 +18,10 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
 Box = tuple[int, int, int, int]
+REGION_SIZE, MIN_SIZE = 8, 80  # pixels: a cell, and the smallest crop (V-B)
 
 
-def crop_box(mask_slice: np.ndarray, region_size: int = 8, min_size: int = 80) -> Box:
+def crop_box(mask_slice: np.ndarray, region_size: int = REGION_SIZE, min_size: int = MIN_SIZE) -> Box:
     """The detector's crop: the fewest cells around the automatic segmentation (paper, section V-B).
 
     Args:
@@ -262,7 +263,7 @@ class RegionLabelsd(MapTransform):
         allow_missing_keys: skip masks that are not there.
     """
 
-    def __init__(self, keys: KeysCollection, region_size: int = 8, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, region_size: int = REGION_SIZE, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.region_size = region_size
 
@@ -277,13 +278,13 @@ class FlagRegionsd(MapTransform):
     Args:
         keys: one key, the painted failure probabilities (1, H, W, D).
         segmentation_key: the automatic labels (1, H, W, D), around which the detector's crops lie.
-        image_key: the scan, (C, H, W, D), whose metadata the results take.
         threshold: operating point in [0, 1].
         region_size: side of a cell in pixels.
         min_size: smallest side of a crop in pixels.
-        regions_key: where the map of region ids goes, see `flagged_region_map`.
-        result_key: where a dictionary for reports goes: threshold, region_size, boxes, n_regions,
-            expected_failing_regions (the sum of the probabilities), flagged_slices, regions.
+
+    Reads ``image`` (C, H, W, D), whose metadata the results take. Returns in the dictionary:
+        ``regions``: the map of region ids, see `flagged_region_map`; ``result``, for reports: threshold, region_size,
+        boxes, n_regions, expected_failing_regions (the sum of the probabilities), flagged_slices, regions.
 
     Raises:
         ValueError: when called, for probabilities and labels of different shapes, and as `flagged_region_map`.
@@ -294,20 +295,14 @@ class FlagRegionsd(MapTransform):
         keys: KeysCollection,
         segmentation_key: str,
         threshold: float,
-        region_size: int = 8,
-        min_size: int = 80,
-        image_key: str = "image",
-        regions_key: str = "regions",
-        result_key: str = "result",
+        region_size: int = REGION_SIZE,
+        min_size: int = MIN_SIZE,
     ) -> None:
         super().__init__(keys)
         self.segmentation_key = segmentation_key
         self.threshold = threshold
         self.region_size = region_size
         self.min_size = min_size
-        self.image_key = image_key
-        self.regions_key = regions_key
-        self.result_key = result_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -318,10 +313,10 @@ class FlagRegionsd(MapTransform):
             boxes = [crop_box(labels[..., i], self.region_size, self.min_size) for i in range(labels.shape[2])]
             grid = region_grid(boxes, painted.shape, self.region_size)
             regions, records = flagged_region_map(painted, grid, self.threshold)
-            d[key] = convert_to_dst_type(painted[None], d[self.image_key])[0]
+            d[key] = convert_to_dst_type(painted[None], d["image"])[0]
             # int32, since torch computes little with uint16
-            d[self.regions_key] = convert_to_dst_type(regions[None].astype(np.int32), d[self.image_key], np.int32)[0]
-            d[self.result_key] = {
+            d["regions"] = convert_to_dst_type(regions[None].astype(np.int32), d["image"], np.int32)[0]
+            d["result"] = {
                 "threshold": self.threshold,
                 "region_size": self.region_size,
                 "boxes": [list(box) for box in boxes],

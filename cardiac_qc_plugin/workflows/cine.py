@@ -47,6 +47,7 @@ class Cine:
         name: of the cine, and of its folder below the output folder.
         phases: content of ``qc.json`` by phase number.
         given: phase numbers of end-diastole and end-systole, where they are known.
+        output: the run's output folder.
 
     Attributes:
         volume_ml: volumes by phase and structure. Where end-diastole and end-systole were segmented once more with

@@ -1,5 +1,6 @@
 """Automatic segmentations, their simulated correction and an expert's, side by side (paper, V-C and Table IV)."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from cardiac_qc_plugin.reports.expert import expert_text
 from cardiac_qc_plugin.reports.paper_tables import paper
 from cardiac_qc_plugin.transforms.correction import check_on_outside, simulate_correction
 from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
-from cardiac_qc_plugin.workflows.evaluate import compare_paired
+from cardiac_qc_plugin.workflows.evaluate import PHASES, compare_paired
 from cardiac_qc_plugin.workflows.files import (
     check_output,
     file_sha256,
@@ -143,7 +144,7 @@ def check_record(path: Path, segmentation: Path) -> None:
 def table_rows(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Table IV (a) and (b): a row for each metric, scenario, phase and structure, tested against the segmentation."""
     published = {(row["metric"], row["scenario"]): row for row in paper("table4")}
-    phases = [phase for phase in ("ED", "ES", "unknown") if any(own["phase"] == phase for own in cases)]
+    phases = [phase for phase in PHASES if any(own["phase"] == phase for own in cases)]
     rows = []
     for metric, theirs in METRICS.items():
         for scenario, name_in_paper in SCENARIOS.items():
@@ -161,7 +162,7 @@ def table_rows(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cell(values: list[float]) -> dict[str, Any]:
     spread = mean_sd(values)
-    return {"mean": spread.mean, "sd": spread.sd, "n": spread.n, "n_excluded": len(values) - spread.n}
+    return {**asdict(spread), "n_excluded": len(values) - spread.n}
 
 
 def _tested(auto: list[float], values: list[float]) -> dict[str, Any]:

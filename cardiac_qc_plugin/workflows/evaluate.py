@@ -11,7 +11,7 @@ from monai.utils import ensure_tuple
 from sklearn.metrics import auc
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES
-from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, agreement
+from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, agreement, indices_of_volumes
 from cardiac_qc_plugin.metrics.detection import (
     THRESHOLDS,
     RegionCurve,
@@ -39,13 +39,7 @@ from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, dr
 from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
 from cardiac_qc_plugin.workflows.files import check_output, without_nan, write_file, write_json, write_rows, write_text
-from cardiac_qc_plugin.workflows.measure import (
-    CRITERIA,
-    STRUCTURES,
-    Measurement,
-    measure_case,
-    measure_patient,
-)
+from cardiac_qc_plugin.workflows.measure import CRITERIA, STRUCTURES, Measurement, measure_case
 from cardiac_qc_plugin.workflows.references import Outcome, References, each_case
 
 __all__ = ["evaluate"]
@@ -145,7 +139,13 @@ def _listed(roots: Sequence[str | Path]) -> str:
 
 def measure_patients(cases: Cases) -> dict[str, tuple[ClinicalIndices, ClinicalIndices]]:
     """Clinical indices, automatic and reference, of the patients with both phases."""
-    return {patient: measure_patient(ed, es) for patient, (ed, es) in _pairs(cases.values()).items()}
+    return {
+        patient: (
+            indices_of_volumes(ed.volume_ml, es.volume_ml),
+            indices_of_volumes(ed.reference_volume_ml, es.reference_volume_ml),
+        )
+        for patient, (ed, es) in _pairs(cases.values()).items()
+    }
 
 
 def _pairs(cases: Iterable[Measurement]) -> dict[str, tuple[Measurement, Measurement]]:

@@ -1,9 +1,11 @@
 """From a folder of DICOM files to one NIfTI stack for each phase, the first stage of the pipeline."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,9 +108,7 @@ def import_dicom(files: list[Path], output: Path, series: tuple[int, ...] = (), 
     inputs.failures = [(f"DICOM {item.series}", item.reason) for item in contents.skipped if item.failed]
     taken: set[str] = set()
     for stack in contents.stacks:
-        name = case_of(stack, name_by)
-        if name in taken:
-            name += f"_{_short(stack.first.series)}"
+        name = next(name for name in names_of(stack, name_by) if name not in taken)
         taken.add(name)
         try:
             inputs.scans += _write_stack(stack, name, output)
@@ -119,11 +119,14 @@ def import_dicom(files: list[Path], output: Path, series: tuple[int, ...] = (), 
     return inputs
 
 
-def case_of(stack: Stack, name_by: str) -> str:
-    """Name of a stack's case."""
+def names_of(stack: Stack, name_by: str) -> Iterator[str]:
+    """Names for a stack's case, of which the first one that is free is taken: a series may hold several stacks."""
     number = stack.first.series_number
     study = f"study_{_short(stack.first.study)}"
-    return f"{stack.names.get(name_by) or study}_series{'' if number < 0 else number}"
+    name = f"{stack.names.get(name_by) or study}_series{'' if number < 0 else number}"
+    yield name
+    yield (name := f"{name}_{_short(stack.first.series)}")
+    yield from (f"{name}_{further}" for further in itertools.count(2))
 
 
 def _short(uid: str) -> str:

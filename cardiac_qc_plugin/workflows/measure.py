@@ -1,4 +1,4 @@
-"""One case, or one patient, measured against the reference labels (paper, section IV)."""
+"""One case measured against the reference labels (paper, section IV)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.calibration import RiskCoverage, voxel_risk_coverage
-from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, clinical_indices, structure_volumes
+from cardiac_qc_plugin.metrics.clinical import structure_volumes
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
 from cardiac_qc_plugin.metrics.plausibility import Plausibility, plausibility
 from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_hausdorff
@@ -19,7 +19,7 @@ from cardiac_qc_plugin.workflows.files import Volume, read_json, read_like
 from cardiac_qc_plugin.workflows.operating_point import volume_detection
 from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_labels, read_reference
 
-__all__ = ["CRITERIA", "STRUCTURES", "Measurement", "measure_case", "measure_patient", "read_detection", "read_map"]
+__all__ = ["CRITERIA", "STRUCTURES", "Measurement", "measure_case", "read_detection", "read_map"]
 
 STRUCTURES = ("LV", "RV", "LVM")  # the paper's column order
 CRITERIA = ("paper", "released_code")
@@ -33,8 +33,6 @@ class Measurement:
         case: its name.
         patient: whose scan it is.
         phase: "ED", "ES" or "unknown".
-        segmentation: file of the automatic (or corrected) labels.
-        reference: file of the reference labels.
         scores: Dice and Hausdorff distance by structure.
         volume_ml: volumes of the segmentation by structure.
         reference_volume_ml: volumes of the reference by structure.
@@ -50,8 +48,6 @@ class Measurement:
     case: str
     patient: str
     phase: str
-    segmentation: Path
-    reference: Path
     scores: dict[str, StructureScore]
     volume_ml: dict[str, float]
     reference_volume_ml: dict[str, float]
@@ -127,8 +123,6 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
         case=case,
         patient=patient,
         phase=phase,
-        segmentation=folder / SEGMENTATION_FILE,
-        reference=reference_path,
         scores=dice_and_hausdorff(segmentation.data, reference, segmentation.spacing),
         volume_ml=structure_volumes(segmentation.data, segmentation.spacing),
         reference_volume_ml=structure_volumes(reference, segmentation.spacing),
@@ -199,16 +193,3 @@ def _scan_scores(qc: dict[str, Any], maps: dict[str, np.ndarray], labels: np.nda
     scores = {name: np.nan if value is None else float(value) for name, value in qc.get("scores", {}).items()}
     box = ndimage.find_objects((labels > 0).astype(np.int8))
     return scores | {f"mean_{name}": float(values[box[0] if box else ...].mean()) for name, values in maps.items()}
-
-
-def measure_patient(ed: Measurement, es: Measurement) -> tuple[ClinicalIndices, ClinicalIndices]:
-    """Clinical indices of a patient, of the segmentations and of the references.
-
-    Args:
-        ed: the end-diastolic case.
-        es: the end-systolic case.
-    """
-    phases = [(read_labels(case.segmentation), read_labels(case.reference).data) for case in (ed, es)]
-    spacings = [segmentation.spacing for segmentation, _ in phases]
-    automatic = clinical_indices(*(segmentation.data for segmentation, _ in phases), *spacings)
-    return automatic, clinical_indices(*(reference for _, reference in phases), *spacings)

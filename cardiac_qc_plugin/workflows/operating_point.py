@@ -17,7 +17,7 @@ from cardiac_qc_plugin.metrics.detection import (
     operating_point,
     region_average_precision,
 )
-from cardiac_qc_plugin.transforms.regions import Box, crop_box, region_grid
+from cardiac_qc_plugin.transforms.regions import MIN_SIZE, REGION_SIZE, Box, crop_box, region_grid
 
 from .files import without_nan, write_json
 
@@ -55,7 +55,9 @@ class RegionAveragePrecision(Metric):
     The value is NaN where no region fails.
     """
 
-    def __init__(self, region_size: int = 8, min_size: int = 80, output_transform: Callable = lambda x: x) -> None:
+    def __init__(
+        self, region_size: int = REGION_SIZE, min_size: int = MIN_SIZE, output_transform: Callable = lambda x: x
+    ) -> None:
         self.region_size = region_size
         self.min_size = min_size
         self.volumes: list[VolumeDetection] = []

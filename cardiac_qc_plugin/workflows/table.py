@@ -144,7 +144,7 @@ def table(predictions: str | Path) -> Outcome:
         predictions: output folder of ``run``.
 
     Raises:
-        ValueError: if there is no case in it, or pyarrow is missing.
+        ValueError: if there is no case in it, its worklist is none, or pyarrow is missing.
     """
     folder, failures = Path(predictions), {}
     if not next(folder_records(folder), None):
@@ -160,14 +160,20 @@ def folder_rows(folder: Path, failures: dict[str, str]) -> Iterator[dict[str, An
     Args:
         folder: output folder of ``run``.
         failures: gets case and reason of every record that cannot be read.
+
+    Raises:
+        ValueError: if the worklist is not one, or the record of quarantined files is damaged.
     """
     worklist, record = folder / "worklist.csv", folder / "quarantine.json"
     quarantined = read_json(record) if record.is_file() else {}
     broken = set()
-    for row in (row for row in read_rows(worklist) if row["status"] != "done"):
-        status = "quarantined" if row["case"] in quarantined else "failed"
-        broken.add(row["case"])
-        yield failed_case_row(row["case"], row["message"], status)
+    for row in read_rows(worklist):
+        if not {"case", "status", "message"} <= row.keys():  # a spreadsheet may put semicolons between them
+            raise ValueError(f"{worklist}: no columns case, status and message. Remove it, or run again to write it.")
+        if row["status"] != "done":
+            status = "quarantined" if row["case"] in quarantined else "failed"
+            broken.add(row["case"])
+            yield failed_case_row(row["case"], row["message"], status)
     for path in folder_records(folder):
         case = path.parent.relative_to(folder).as_posix()
         if case in broken:  # what was done before it failed

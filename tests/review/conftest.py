@@ -42,5 +42,5 @@ def serve():
 
 def run_command(arguments, output):
     sys.argv = arguments
-    sys.stdout = open(output, "w", buffering=1)
+    sys.stdout = open(output, "w")  # which keeps back what is not flushed, as a pipe of the command does
     runpy.run_path(arguments[0], run_name="__main__")

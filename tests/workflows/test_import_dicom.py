@@ -127,6 +127,20 @@ def test_a_name_that_is_taken_meanwhile(tmp_path, monkeypatch):
     assert not inputs.scans and "holds another series of that name" in inputs.failures[0][1]
 
 
+def test_three_stacks_of_one_series_are_three_cases(tmp_path):
+    """None takes another's place; a second run finds each where it is."""
+    for number in range(3):
+        rows = value(0, 0).shape[0] + number
+        images = cine(lambda z, t, n=number: {"SOPInstanceUID": f"{ROOT}1.{z + 1}.{t + 1}.{n}"})
+        for image in images:
+            set_pixels(image, np.full((rows, 5), 100 + number, np.int16))
+        write(tmp_path / "in" / str(number), images)
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert len({scan.case for scan in scans}) == len(scans) == 3 * PHASES
+    assert {int(np.unique(nib.load(scan.path).dataobj).item()) for scan in scans} == {100, 101, 102}
+    assert gather_scans(tmp_path / "in", tmp_path / "out").scans == scans
+
+
 def test_phases_that_are_gone_leave_no_folder(tmp_path):
     write(tmp_path / "in", cine())
     gather_scans(tmp_path / "in", tmp_path / "out")

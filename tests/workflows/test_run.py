@@ -180,6 +180,12 @@ def test_a_damaged_record_keeps_no_other_case_out_of_the_table(predictors, tmp_p
         assert f"  {case}: {found['message'][case]}" in done.stdout.splitlines()
 
 
+def test_a_worklist_that_a_spreadsheet_saved_is_named(tmp_path):
+    (tmp_path / "worklist.csv").write_text("rank;case;status;message\n1;heart;failed;no heart\n")
+    with pytest.raises(ValueError, match="worklist.csv: no columns case, status and message"):
+        list(folder_rows(tmp_path, {}))
+
+
 def test_a_bundle_may_be_moved(bundles, predictors, tmp_path):
     """What is done counts as done, wherever weights lie and on whichever device."""
     folder = tmp_path / "cardiac_dn_segmentation"

@@ -13,7 +13,8 @@ from cardiac_qc_plugin.bundle import DETECTOR, find_bundle
 from cardiac_qc_plugin.data.folds import hold_out, training_items
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES, SEGMENTATION_FILE
-from cardiac_qc_plugin.reports.paper_tables import Experiment
+from cardiac_qc_plugin.reports.paper_tables import LOSSES as LOSS_NAMES
+from cardiac_qc_plugin.reports.paper_tables import PAIRS, TABLE_V, Experiment
 
 from ..files import read_json
 from ..run import DETECT_FILES, digest
@@ -35,8 +36,8 @@ from .training import config_files
 
 __all__ = ["ABLATIONS", "LOSSES", "Grid", "Settings"]
 
-LOSSES = {"drn": ("ce", "soft_dice"), "unet": ("ce", "soft_dice"), "dn": ("brier", "soft_dice")}  # section V-A
-TABLE_V = (("drn", "ce"), ("unet", "ce"), ("dn", "soft_dice"))
+# section V-A; the networks in the order in which they are trained
+LOSSES = {model: tuple(loss for name, loss in PAIRS if name == model) for model in ("drn", "unet", "dn")}
 ABLATIONS = ("samples", "region_size", "labels", "see_segmentation", "detector_maps", "ensemble", "snapshots")
 NEVER = 1_000_000  # epochs
 ALL = -1  # in the place of a fold: nothing is left out
@@ -106,7 +107,7 @@ class Settings:
     output: Path
     folds: tuple[int, ...] = (0, 1, 2, 3)
     models: tuple[str, ...] = tuple(LOSSES)
-    losses: tuple[str, ...] = ("ce", "brier", "soft_dice")
+    losses: tuple[str, ...] = tuple(LOSS_NAMES)
     maps: tuple[str, ...] = tuple(MAP_FILES)
     regime: str = "short"
     iterations: int | None = None
@@ -124,7 +125,7 @@ class Settings:
     def __post_init__(self) -> None:
         choices = {
             "models": tuple(LOSSES),
-            "losses": ("ce", "brier", "soft_dice"),
+            "losses": tuple(LOSS_NAMES),
             "maps": tuple(MAP_FILES),
             "ablations": ABLATIONS,
             "folds": (*self.all_folds, ALL),
