@@ -278,13 +278,13 @@ class FlagRegionsd(MapTransform):
     Args:
         keys: one key, the painted failure probabilities (1, H, W, D).
         segmentation_key: the automatic labels (1, H, W, D), around which the detector's crops lie.
+        image_key: the scan, (C, H, W, D), whose metadata the results take.
         threshold: operating point in [0, 1].
         region_size: side of a cell in pixels.
         min_size: smallest side of a crop in pixels.
-
-    Reads ``image`` (C, H, W, D), whose metadata the results take. Returns in the dictionary:
-        ``regions``: the map of region ids, see `flagged_region_map`; ``result``, for reports: threshold, region_size,
-        boxes, n_regions, expected_failing_regions (the sum of the probabilities), flagged_slices, regions.
+        regions_key: where the map of region ids goes, see `flagged_region_map`.
+        result_key: where a dictionary for reports goes: threshold, region_size, boxes, n_regions,
+            expected_failing_regions (the sum of the probabilities), flagged_slices, regions.
 
     Raises:
         ValueError: when called, for probabilities and labels of different shapes, and as `flagged_region_map`.
@@ -297,12 +297,18 @@ class FlagRegionsd(MapTransform):
         threshold: float,
         region_size: int = REGION_SIZE,
         min_size: int = MIN_SIZE,
+        image_key: str = "image",
+        regions_key: str = "regions",
+        result_key: str = "result",
     ) -> None:
         super().__init__(keys)
         self.segmentation_key = segmentation_key
         self.threshold = threshold
         self.region_size = region_size
         self.min_size = min_size
+        self.image_key = image_key
+        self.regions_key = regions_key
+        self.result_key = result_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -313,10 +319,10 @@ class FlagRegionsd(MapTransform):
             boxes = [crop_box(labels[..., i], self.region_size, self.min_size) for i in range(labels.shape[2])]
             grid = region_grid(boxes, painted.shape, self.region_size)
             regions, records = flagged_region_map(painted, grid, self.threshold)
-            d[key] = convert_to_dst_type(painted[None], d["image"])[0]
+            d[key] = convert_to_dst_type(painted[None], d[self.image_key])[0]
             # int32, since torch computes little with uint16
-            d["regions"] = convert_to_dst_type(regions[None].astype(np.int32), d["image"], np.int32)[0]
-            d["result"] = {
+            d[self.regions_key] = convert_to_dst_type(regions[None].astype(np.int32), d[self.image_key], np.int32)[0]
+            d[self.result_key] = {
                 "threshold": self.threshold,
                 "region_size": self.region_size,
                 "boxes": [list(box) for box in boxes],
