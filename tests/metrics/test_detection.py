@@ -150,13 +150,13 @@ def test_failing_slice_percentage():
 
 
 def test_operating_point_by_hand():
-    point = operating_point([HAND, CLEAN], 0.5)  # flagged: regions .9, .6 of slice 0, and .5 of the clean volume
+    point = operating_point([HAND, CLEAN], 0.4)  # flagged: .9 and .6 of slice 0, .4 of slice 1, .5 of the clean volume
     assert point.voxel_sensitivity == pytest.approx(20 / 40)
-    assert point.false_positive_regions == pytest.approx((1 + 1) / 2)
-    assert (point.region_precision, point.region_recall) == (pytest.approx(1 / 3), pytest.approx(1 / 2))
-    assert (point.regions_flagged, point.regions_failing) == (pytest.approx(3 / 8), pytest.approx(2 / 8))
-    assert (point.slice_precision, point.slice_recall) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
-    assert (point.slices_flagged, point.slices_failing) == (pytest.approx(2 / 4), pytest.approx(2 / 4))
+    assert point.false_positive_regions == pytest.approx((2 + 1) / 2)
+    assert (point.region_precision, point.region_recall) == (pytest.approx(1 / 4), pytest.approx(1 / 2))
+    assert (point.regions_flagged, point.regions_failing) == (pytest.approx(4 / 8), pytest.approx(2 / 8))
+    assert (point.slice_precision, point.slice_recall) == (pytest.approx(2 / 3), pytest.approx(2 / 2))
+    assert (point.slices_flagged, point.slices_failing) == (pytest.approx(3 / 4), pytest.approx(2 / 4))
     assert point.failure_voxels_outside == pytest.approx(10 / 40)
     assert (point.n_volumes, point.n_slices, point.n_regions) == (2, 4, 8)
 
