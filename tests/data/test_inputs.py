@@ -159,7 +159,7 @@ def test_predictions_of_images_that_are_named_by_their_folder(tmp_path):
 def test_hold_out_keeps_patients_together_and_groups_balanced():
     rng = np.random.default_rng(0)
     items = [
-        {"image": f"{p}_{phase}", "meta": {"patient": f"p{p:02d}", "group": "ABCDE"[p // 15]}}
+        {"image": f"{p}_{phase}", "meta": {"patient": f"p{p:02d}", "group": "ABCDE"[p % 5]}}
         for p in range(75)
         for phase in ("ED", "ES")
     ]
@@ -168,6 +168,9 @@ def test_hold_out_keeps_patients_together_and_groups_balanced():
     assert len(training) == 120 and len(validation) == 30
     assert not {i["meta"]["patient"] for i in training} & {i["meta"]["patient"] for i in validation}
     assert sorted(i["meta"]["group"] for i in validation) == sorted("ABCDE" * 6)
+    for count in (2, 3):  # two patients are too few to hold one out
+        few = [item for item in items if item["meta"]["patient"] < f"p{count:02d}"]
+        assert len(hold_out(few)[1]) == (0 if count == 2 else 2)
 
 
 def test_hold_out_keeps_the_scan_that_occurs_twice_together():
