@@ -343,7 +343,7 @@ def test_array_transform_errors():
     with pytest.raises(ValueError, match="MetaTensor"):
         FailureLabel("released_code")(prediction, reference)
     with pytest.raises(ValueError, match="differ in spacing"):
-        FailureLabel("released_code")(with_spacing(prediction, (1, 1)), with_spacing(reference, (1.4, 1.4)))
+        FailureLabel("released_code")(with_spacing(prediction, (1.4, 1.39)), with_spacing(reference, (1.4, 1.4)))
     with pytest.raises(ValueError, match=r"prediction.*\(40, 40, 3\)"):
         FailureLabel()(prediction[0], reference)
     with pytest.raises(ValueError, match=r"reference.*\(2, 40, 40, 3\)"):
