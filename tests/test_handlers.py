@@ -92,7 +92,8 @@ def test_region_average_precision_equals_scikit_learn(size, min_size):
     metric = RegionAveragePrecision(size, min_size, from_engine(["pred", "image", "label"]))
     value = measure(metric, outputs).metrics["metric"]
     expected = average_precision_score(np.ravel(failing), np.ravel(probabilities).astype(np.float32))
-    assert value == pytest.approx(expected) and len(metric.volumes) == 3
+    assert value == pytest.approx(expected)
+    assert [volume.probability.size for volume in metric.volumes] == [2 * (min_size // size) ** 2] * 3
     metric.reset()
     assert metric.volumes == []  # those of the next validation are no more
 

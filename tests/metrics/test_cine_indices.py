@@ -25,6 +25,7 @@ def test_of_nearly_equal_phases_the_last_before_contraction():
 def test_a_large_failure_hides_no_other():
     volumes = np.array([100, 95, 85, 400, 60, 55, 60, 70, 35, 95.0])
     assert volume_jumps(volumes) == [3, 8] and find_ed_es(volumes) == (0, 5)
+    assert volume_jumps(volumes[::-1]) == [1, 6]  # in the order of phases, not of their size
 
 
 def test_a_beat_has_no_jump():

@@ -188,6 +188,7 @@ def test_chosen_threshold_on_separable_regions():
 def test_larger_beta_never_flags_less(volumes):
     thresholds = [choose_threshold(volumes, beta) for beta in (0.25, 0.5, 1, 2, 4, 8)]
     assert thresholds == sorted(thresholds, reverse=True)
+    assert choose_threshold(volumes) == thresholds[3] < thresholds[2]  # recall weighs twice by default
 
 
 def test_of_equally_good_thresholds_the_highest_is_chosen():
@@ -282,6 +283,6 @@ def test_volume_that_does_not_fit(change, message):
 def test_thresholds_and_volumes_are_checked(function):
     with pytest.raises(ValueError, match="no volumes"):
         function([])
-    for thresholds in ([0.5, 0.2], [], [0.1, np.nan], 0.5):
+    for thresholds in ([0.5, 0.2], [0.5, 0.5], [], [0.1, np.nan], 0.5):
         with pytest.raises(ValueError, match="ascending"):
             function([HAND], thresholds)

@@ -180,6 +180,36 @@ def test_enclosed_background_is_told_apart():
     assert enclosed(labels) == []
 
 
+@pytest.mark.parametrize(
+    ("around", "criterion"),
+    [
+        ((LVM,) * 4, "hole_LVM"),
+        ((RV, LVM, LV, LVM), "gap_LV_LVM"),
+        ((RV, LVM, RV, RV), "gap_RV_LVM"),
+        ((RV, LV) * 2, "hole_LV"),
+    ],
+)
+def test_what_is_closed_by_corners_is_enclosed(around, criterion):
+    labels = np.zeros((5, 5), np.uint8)
+    labels[(1, 2, 3, 2), (2, 3, 2, 1)] = around
+    assert enclosed(labels) == [(criterion, 1)]
+
+
+def test_structures_hold_together_by_corners_and_touch_by_edges():
+    labels = np.zeros((9, 9, 3), np.uint8)
+    labels[4, 3:6] = labels[3:6, 4] = LVM  # four pixels
+    labels[4, 4] = LV
+    labels[3, 3, 1] = RV  # beside the LVM, and at a corner of the LV, as the background is
+    labels[2, 2, 2] = labels[1, 1, 2] = RV
+    labels[3, 3, 2] = LVM  # at a corner of the RV
+    assert violated(labels) == {}
+
+
+@pytest.mark.parametrize("z", [1, 4])
+def test_what_vanishes_beside_the_last_slice(z):
+    assert violated(punch(heart(), heart()[..., z] == LV, z, LVM))["vanishes_LV"] == [z]
+
+
 def test_small_gaps_of_rv_and_lvm_are_normal():
     """The limit is an area in mm², between one pixel and five."""
     for radius, pixels in ((0, 1), (1, 5)):
