@@ -144,6 +144,7 @@ def test_hausdorff_of_appearing_and_vanishing_structures():
         expected = dice_and_hausdorff(labels, reference, SPACING).values()
         np.testing.assert_allclose(found[count], [s.hausdorff_penalized for s in expected], rtol=1e-6)
         np.testing.assert_allclose(dice[count], [s.dice for s in expected], rtol=1e-6)
+    np.testing.assert_array_equal(volume.hausdorff(order, [3, 8]), found[[3, 8]])  # not from the start on
 
 
 def test_hausdorff_to_the_inner_surface_of_a_ring():
