@@ -101,6 +101,23 @@ def test_no_fold_is_left_out_on_request(tmp_path):
     assert [Path(item["image"]).name for item in others + left_out] == ["a", "b"] and len(left_out) == 1
 
 
+def test_a_fold_needs_two_sides_and_all_files(tmp_path):
+    """Images and labels of the patients that are left out, too."""
+    items = [{"image": f"{n}.nii", "label": f"{n}_gt.nii", "fold": n} for n in range(2)]
+    names = [item[key] for item in items for key in ("image", "label")]
+    for fold, listed in ((7, items), (0, items[:1])):
+        (tmp_path / "list.json").write_text(json.dumps({"training": listed}))
+        with pytest.raises(ValueError, match=f"fold {fold} would leave nothing on one side"):
+            read_fold(tmp_path / "list.json", tmp_path, fold)
+    (tmp_path / "list.json").write_text(json.dumps({"training": items}))
+    for missing in names:
+        for name in names:
+            (tmp_path / name).touch()
+        (tmp_path / missing).unlink()
+        with pytest.raises(ValueError, match=f"/{missing}: no such file, but .*list.json lists it"):
+            read_fold(tmp_path / "list.json", tmp_path, 1)
+
+
 def test_manifests_with_numbers(tmp_path):
     """As a data frame with gaps writes them: cases and folds as numbers."""
     for name in "ab":

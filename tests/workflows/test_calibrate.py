@@ -20,6 +20,7 @@ from cardiac_qc_plugin.workflows.calibrate import (
     Calibration,
     calibrate,
     coverage,
+    made_by,
     promised_threshold,
     read_calibration,
     split_coverage,
@@ -330,6 +331,14 @@ def test_promises_that_run_refuses(bundles, tmp_path, run_command):
     result = run_command(root, tmp_path / "out", "--catch", 0.9, "--threshold", 0.5)
     assert result.returncode == 1 and "leave out --threshold" in result.stderr
     assert not (tmp_path / "out" / "scan").exists()
+
+
+def test_samples_matter_to_the_b_map_only():
+    record = {"detection": {"bundle": "cardiac_segmentation_failure"}}
+    name_weights(record)
+    for name, samples in (("bmap", 10), ("emap", None)):
+        record["detection"]["map"] = name
+        assert made_by(record)[:3] == ("dn", name, samples)
 
 
 def test_a_check_that_cannot_be_done_writes_nothing(cohort, tmp_path):
