@@ -160,12 +160,13 @@ def test_operating_point_has_the_largest_f_beta(beta, tmp_path):
     assert record["validation"]["region_recall"] == (failing & (cells >= chosen)).sum() / failing.sum()
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_detector_that_learned_nothing_is_told(learned, tmp_path, caplog):
+@pytest.mark.parametrize("sign", [1, 0, -1])
+def test_detector_that_learned_nothing_is_told(sign, tmp_path, caplog):
+    """Also one that says the same of all regions, as a training that did not get going."""
     rng = np.random.default_rng(0)
     cells = rng.random((10, 10))
     failing = rng.random((10, 10)) < cells**2
     painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
-    volume = volume_detection(painted if learned else 1 - painted, failures, [(0, 80, 0, 80)], 8)
+    volume = volume_detection(0.5 + sign * (painted - 0.5), failures, [(0, 80, 0, 80)], 8)
     choose_operating_point([volume], tmp_path / "point.json", beta=2, region_size=8)
-    assert ("has learned nothing" in caplog.text) is not learned
+    assert ("has learned nothing" in caplog.text) == (sign < 1)
