@@ -55,6 +55,11 @@ def test_a_cine_beside_its_own_ed_and_es_is_measured_itself(tmp_path):
     assert (record["es_phase"], record["indices"]["lv_esv_ml"]) == (3, 60)
 
 
+@pytest.mark.parametrize("name", ["heart_ed", "heart_es"])
+def test_one_phase_alone_is_no_heart_to_measure(tmp_path, name):
+    assert group_cines([case(name, 120)], tmp_path) == []
+
+
 def test_indices_of_a_cine(tmp_path):
     write_json(
         tmp_path / "heart" / "dicom.json",
@@ -169,6 +174,7 @@ def test_intervals_end_at_what_is_possible():
     assert intervals["lv_esv_ml"] == pytest.approx([0, high], abs=0.01)
     assert intervals["lv_sv_ml"] == pytest.approx([low, high], abs=0.01)  # blood may flow back
     assert intervals["lv_ef_percent"] == pytest.approx([low, 100], abs=0.01)
+    assert index_intervals(indices, ed, {}) == index_intervals(indices, {}, es) == {}  # one of the two was not sampled
 
 
 def test_flagged_slices_are_named_by_their_third(tmp_path):
