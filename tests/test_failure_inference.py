@@ -138,11 +138,13 @@ def test_cells_of_the_padding_are_no_regions():
     data = {"p": painted[None], "labels": np.zeros((1, 64, 64, 1)), "image": painted[None]}
     result = FlagRegionsd("p", "labels", threshold=0.5)(data)["result"]
     assert result["n_regions"] == 64 and result["expected_failing_regions"] == pytest.approx(64 * 0.2)
+    assert FlagRegionsd("p", "labels", threshold=0.5, min_size=48)(data)["result"]["n_regions"] == 36
     with pytest.raises(ValueError, match=r"shape \(64, 64, 1\), and labels of \(80, 80, 1\)"):
         FlagRegionsd("p", "labels", threshold=0.5)(data | {"labels": np.zeros((1, 80, 80, 1))})
 
 
-def test_operating_point_has_the_largest_f2(tmp_path):
+@pytest.mark.parametrize("beta", [0.5, 2])
+def test_operating_point_has_the_largest_f_beta(beta, tmp_path):
     """The chosen threshold against a search over all thresholds with scikit-learn."""
     rng = np.random.default_rng(0)
     cells = rng.random((10, 10))
@@ -150,20 +152,21 @@ def test_operating_point_has_the_largest_f2(tmp_path):
     painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
     volume = volume_detection(painted, failures, [(0, 80, 0, 80)], 8)
     file = tmp_path / "point.json"
-    chosen = choose_operating_point([volume], file, beta=2, region_size=8)
-    score = {t: fbeta_score(failing.ravel(), cells.ravel() >= t, beta=2) for t in [*cells.ravel(), chosen]}
+    chosen = choose_operating_point([volume], file, beta=beta, region_size=8)
+    score = {t: fbeta_score(failing.ravel(), cells.ravel() >= t, beta=beta) for t in [*cells.ravel(), chosen]}
     assert score[chosen] == max(score.values())
     record = read_json(file)
-    assert record["threshold"] == chosen and record["n_volumes"] == 1 and record["beta"] == 2
+    assert record["threshold"] == chosen and record["n_volumes"] == 1 and record["beta"] == beta
     assert record["validation"]["region_recall"] == (failing & (cells >= chosen)).sum() / failing.sum()
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_detector_that_learned_nothing_is_told(learned, tmp_path, caplog):
+@pytest.mark.parametrize("sign", [1, 0, -1])
+def test_detector_that_learned_nothing_is_told(sign, tmp_path, caplog):
+    """Also one that says the same of all regions, as a training that did not get going."""
     rng = np.random.default_rng(0)
     cells = rng.random((10, 10))
     failing = rng.random((10, 10)) < cells**2
     painted, failures = (array.repeat(8, 0).repeat(8, 1)[..., None] for array in (cells, failing))
-    volume = volume_detection(painted if learned else 1 - painted, failures, [(0, 80, 0, 80)], 8)
+    volume = volume_detection(0.5 + sign * (painted - 0.5), failures, [(0, 80, 0, 80)], 8)
     choose_operating_point([volume], tmp_path / "point.json", beta=2, region_size=8)
-    assert ("has learned nothing" in caplog.text) is not learned
+    assert ("has learned nothing" in caplog.text) == (sign < 1)

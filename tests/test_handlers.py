@@ -65,7 +65,8 @@ def test_nothing_found_at_all_is_no_distance_of_zero():
     assert metric.aggregate().isnan()
 
 
-def test_region_average_precision_equals_scikit_learn():
+@pytest.mark.parametrize(("size", "min_size"), [(8, 80), (4, 64)])
+def test_region_average_precision_equals_scikit_learn(size, min_size):
     rng = np.random.default_rng(0)
     outputs, probabilities, failing = [], [], []
     for _ in range(3):
@@ -73,12 +74,12 @@ def test_region_average_precision_equals_scikit_learn():
         labels[30:50, 20:60, 0] = 3
         painted, failures = np.zeros((2, 90, 84, 2), dtype=np.float32)
         for z in range(2):
-            cells, wrong = rng.random((10, 10)), rng.random((10, 10)) < 0.2
-            box = crop_box(labels[..., z])
-            painted[..., z] = paint_regions(cells, box, (90, 84), 8)
-            failures[..., z] = paint_regions(wrong.astype(float), box, (90, 84), 8)
-            probabilities.append(cells), failing.append(wrong)
-        stack = np.stack([painted, painted, labels])
+            cells, wrong = rng.random((2, *[min_size // size] * 2))
+            box = crop_box(labels[..., z], size, min_size)
+            painted[..., z] = paint_regions(cells, box, (90, 84), size)
+            failures[..., z] = paint_regions((wrong < 0.2).astype(float), box, (90, 84), size)
+            probabilities.append(cells), failing.append(wrong < 0.2)
+        stack = np.stack([0 * painted, 0 * painted, labels])  # which lies beside the center
         outputs.append(
             [
                 {
@@ -88,10 +89,13 @@ def test_region_average_precision_equals_scikit_learn():
                 }
             ]
         )
-    metric = RegionAveragePrecision(output_transform=from_engine(["pred", "image", "label"]))
+    metric = RegionAveragePrecision(size, min_size, from_engine(["pred", "image", "label"]))
     value = measure(metric, outputs).metrics["metric"]
     expected = average_precision_score(np.ravel(failing), np.ravel(probabilities).astype(np.float32))
-    assert value == pytest.approx(expected) and len(metric.volumes) == 3
+    assert value == pytest.approx(expected)
+    assert [volume.probability.size for volume in metric.volumes] == [2 * (min_size // size) ** 2] * 3
+    metric.reset()
+    assert metric.volumes == []  # those of the next validation are no more
 
 
 @pytest.mark.parametrize(("max_norm", "step"), [(None, [3.0, 4.0]), (6.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])

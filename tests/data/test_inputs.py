@@ -101,6 +101,23 @@ def test_no_fold_is_left_out_on_request(tmp_path):
     assert [Path(item["image"]).name for item in others + left_out] == ["a", "b"] and len(left_out) == 1
 
 
+def test_a_fold_needs_two_sides_and_all_files(tmp_path):
+    """Images and labels of the patients that are left out, too."""
+    items = [{"image": f"{n}.nii", "label": f"{n}_gt.nii", "fold": n} for n in range(2)]
+    names = [item[key] for item in items for key in ("image", "label")]
+    for fold, listed in ((7, items), (0, items[:1])):
+        (tmp_path / "list.json").write_text(json.dumps({"training": listed}))
+        with pytest.raises(ValueError, match=f"fold {fold} would leave nothing on one side"):
+            read_fold(tmp_path / "list.json", tmp_path, fold)
+    (tmp_path / "list.json").write_text(json.dumps({"training": items}))
+    for missing in names:
+        for name in names:
+            (tmp_path / name).touch()
+        (tmp_path / missing).unlink()
+        with pytest.raises(ValueError, match=f"/{missing}: no such file, but .*list.json lists it"):
+            read_fold(tmp_path / "list.json", tmp_path, 1)
+
+
 def test_manifests_with_numbers(tmp_path):
     """As a data frame with gaps writes them: cases and folds as numbers."""
     for name in "ab":
@@ -159,7 +176,7 @@ def test_predictions_of_images_that_are_named_by_their_folder(tmp_path):
 def test_hold_out_keeps_patients_together_and_groups_balanced():
     rng = np.random.default_rng(0)
     items = [
-        {"image": f"{p}_{phase}", "meta": {"patient": f"p{p:02d}", "group": "ABCDE"[p // 15]}}
+        {"image": f"{p}_{phase}", "meta": {"patient": f"p{p:02d}", "group": "ABCDE"[p % 5]}}
         for p in range(75)
         for phase in ("ED", "ES")
     ]
@@ -168,6 +185,9 @@ def test_hold_out_keeps_patients_together_and_groups_balanced():
     assert len(training) == 120 and len(validation) == 30
     assert not {i["meta"]["patient"] for i in training} & {i["meta"]["patient"] for i in validation}
     assert sorted(i["meta"]["group"] for i in validation) == sorted("ABCDE" * 6)
+    for count in (2, 3):  # two patients are too few to hold one out
+        few = [item for item in items if item["meta"]["patient"] < f"p{count:02d}"]
+        assert len(hold_out(few)[1]) == (0 if count == 2 else 2)
 
 
 def test_hold_out_keeps_the_scan_that_occurs_twice_together():

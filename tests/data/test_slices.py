@@ -8,6 +8,7 @@ from scipy.ndimage import map_coordinates
 from torch.utils.data import DataLoader
 
 from cardiac_qc_plugin.data import PatchAugmentation, SlicePatchDataset, positive_weight
+from cardiac_qc_plugin.data.slices import uniform
 
 IDENTITY = PatchAugmentation(rotation=0.0, scale=(1.0, 1.0), gamma=(1.0, 1.0), brightness=0.0, noise=0.0)
 
@@ -168,6 +169,7 @@ def test_others_are_drawn_from_all_slices():
     data = marked(one_pixel_in_three_slices(), positive_share=1 / 3, batch_size=30, length=40)
     rest = torch.cat([batch["label"].flatten(1).amax(dim=1)[10:] for batch in data])
     assert 0 < (rest > 0).float().mean() < 3 / 12
+    assert (rest.view(40, 20)[:, 0] > 0).float().mean() < 0.5  # no eleventh is forced
 
 
 def test_positive_pixels_lie_anywhere_in_the_patch():
@@ -362,11 +364,23 @@ def test_identity_in_the_dataset():
 
 
 def test_margin_is_real_image():
-    """Inside a slice what turns in at the corners is the slice, not zeros."""
-    labels = np.ones((60, 60, 1))
-    data = marked(labels, patch_size=16, augmentation=PatchAugmentation(rotation=20.0, scale=(1.0, 1.2)), length=20)
-    inner = [batch["label"][:, 0, 4:-4, 4:-4] for batch in data]
-    assert (torch.cat(inner) == 1).float().mean() > 0.95
+    """What turns in at the corners is the slice, not zeros."""
+    augmentation = PatchAugmentation(scale=(1.0, 1.2))
+    whole = torch.ones(200, 1, *[16 + 2 * augmentation.margin(16)] * 2)
+    assert (augment(augmentation, whole, whole, 16)[1] == 1).all()
+
+
+def test_label_numbers_of_the_input_are_not_interpolated():
+    """The third channel, a segmentation, turns with the label, voxel by voxel."""
+    image, label = checkered(6, 24, channels=2)
+    new_image, new_label = augment(PatchAugmentation(), torch.cat([image, label], dim=1), label, 16)
+    assert torch.equal(new_image[:, 2:], new_label)
+
+
+def test_uniform_covers_its_range():
+    values = uniform(torch.Generator().manual_seed(0), 10_000, -2.0, 3.0)
+    assert values.shape == (10_000,) and -2 <= values.min() < -1.99 and 2.99 < values.max() < 3
+    assert values.mean() == pytest.approx(0.5, abs=0.06)
 
 
 @pytest.mark.parametrize(("angle", "zoom"), [(90.0, 1.0), (25.0, 1.0), (0.0, 1.25), (-40.0, 0.8)])

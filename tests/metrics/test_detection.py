@@ -150,13 +150,13 @@ def test_failing_slice_percentage():
 
 
 def test_operating_point_by_hand():
-    point = operating_point([HAND, CLEAN], 0.5)  # flagged: regions .9, .6 of slice 0, and .5 of the clean volume
+    point = operating_point([HAND, CLEAN], 0.4)  # flagged: .9 and .6 of slice 0, .4 of slice 1, .5 of the clean volume
     assert point.voxel_sensitivity == pytest.approx(20 / 40)
-    assert point.false_positive_regions == pytest.approx((1 + 1) / 2)
-    assert (point.region_precision, point.region_recall) == (pytest.approx(1 / 3), pytest.approx(1 / 2))
-    assert (point.regions_flagged, point.regions_failing) == (pytest.approx(3 / 8), pytest.approx(2 / 8))
-    assert (point.slice_precision, point.slice_recall) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
-    assert (point.slices_flagged, point.slices_failing) == (pytest.approx(2 / 4), pytest.approx(2 / 4))
+    assert point.false_positive_regions == pytest.approx((2 + 1) / 2)
+    assert (point.region_precision, point.region_recall) == (pytest.approx(1 / 4), pytest.approx(1 / 2))
+    assert (point.regions_flagged, point.regions_failing) == (pytest.approx(4 / 8), pytest.approx(2 / 8))
+    assert (point.slice_precision, point.slice_recall) == (pytest.approx(2 / 3), pytest.approx(2 / 2))
+    assert (point.slices_flagged, point.slices_failing) == (pytest.approx(3 / 4), pytest.approx(2 / 4))
     assert point.failure_voxels_outside == pytest.approx(10 / 40)
     assert (point.n_volumes, point.n_slices, point.n_regions) == (2, 4, 8)
 
@@ -188,6 +188,7 @@ def test_chosen_threshold_on_separable_regions():
 def test_larger_beta_never_flags_less(volumes):
     thresholds = [choose_threshold(volumes, beta) for beta in (0.25, 0.5, 1, 2, 4, 8)]
     assert thresholds == sorted(thresholds, reverse=True)
+    assert choose_threshold(volumes) == thresholds[3] < thresholds[2]  # recall weighs twice by default
 
 
 def test_of_equally_good_thresholds_the_highest_is_chosen():
@@ -282,6 +283,6 @@ def test_volume_that_does_not_fit(change, message):
 def test_thresholds_and_volumes_are_checked(function):
     with pytest.raises(ValueError, match="no volumes"):
         function([])
-    for thresholds in ([0.5, 0.2], [], [0.1, np.nan], 0.5):
+    for thresholds in ([0.5, 0.2], [0.5, 0.5], [], [0.1, np.nan], 0.5):
         with pytest.raises(ValueError, match="ascending"):
             function([HAND], thresholds)

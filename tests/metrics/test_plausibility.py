@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from cardiac_qc_plugin.metrics import plausibility as module
 from cardiac_qc_plugin.metrics.plausibility import CRITERIA, LIMITS, enclosed, plausibility, shape_of, stack_changes
 
 SPACING = (1.5, 1.5, 10.0)
@@ -82,9 +81,12 @@ def test_lv_that_touches_what_it_cannot():
     assert violated(labels)["LV_touches_RV"] == [3]
 
 
-@pytest.mark.parametrize("z", [0, 5])
+@pytest.mark.parametrize("z", [0, 1, 5])
 def test_base_and_apex_may_be_open(z):
+    """The base is the first slice with an LV or LVM; the RV may begin before it."""
     labels = heart()
+    if z == 1:
+        labels[..., 0][labels[..., 0] >= LVM] = 0
     opened = (np.indices((96, 96))[1] > 60) & (labels[..., z] == LVM)
     labels[..., z][opened] = 0
     assert violated(labels) == {}
@@ -102,6 +104,10 @@ def test_concave_and_stretched_shapes():
     labels[..., 3][(abs(rows - 50) <= 2) & (abs(cols - 52) <= 13)] = LV
     found = violated(labels)
     assert found["circularity_LV"] == [3] and "concavity_LV" not in found
+    for length in (24, 25):  # pixels: too few for a shape, and enough
+        labels[..., 3][labels[..., 3] == LV] = LVM
+        labels[50, 40 : 40 + length, 3] = LV
+        assert ("circularity_LV" in violated(labels)) == (length == 25)
 
 
 def test_shape_of_known_figures():
@@ -128,7 +134,7 @@ def test_shape_of_known_figures():
 def test_jumps_between_slices():
     labels = heart(8)
     labels[..., 3] = np.roll(labels[..., 3], 14, axis=1)  # 21 mm
-    changes = stack_changes(labels, SPACING)["centroid_jump"]
+    changes = stack_changes(labels, (0.7, 1.5, 10.0))["centroid_jump"]
     assert changes[3] == pytest.approx(21, abs=0.5) and changes[4] == pytest.approx(0, abs=0.5)
     assert violated(labels)["centroid_jump"] == [3]
     labels = heart(8)
@@ -140,6 +146,12 @@ def test_jumps_between_slices():
     areas = [(labels[..., z] == LV).sum() for z in range(8)]
     expected = (areas[4] - areas[3]) / max(areas)
     assert stack_changes(labels, SPACING)["area_jump_LV"][3] == pytest.approx(expected)
+    labels = heart(8)
+    labels[..., 3][disk(50, 52, 16)] = LV  # above both
+    areas = [(labels[..., z] == LV).sum() for z in range(8)]
+    expected = (areas[3] - areas[2]) / areas[3]
+    assert stack_changes(labels, SPACING)["area_jump_LV"][3] == pytest.approx(expected)
+    assert stack_changes(SPOILED["vanishes_RV"](heart()), SPACING)["area_jump_RV"] == {}  # none of nothing
 
 
 def test_a_slice_between_its_neighbors_is_no_jump():
@@ -163,14 +175,52 @@ def test_enclosed_background_is_told_apart():
     labels[0, :] = 0
     labels[1:3, 3] = 0  # a channel to the outside
     assert enclosed(labels) == []
+    labels[4] = LVM  # from edge to edge of the image: what it divides is not enclosed
+    labels[1:4] = labels[5:] = 0
+    assert enclosed(labels) == []
+
+
+@pytest.mark.parametrize(
+    ("around", "criterion"),
+    [
+        ((LVM,) * 4, "hole_LVM"),
+        ((RV, LVM, LV, LVM), "gap_LV_LVM"),
+        ((RV, LVM, RV, RV), "gap_RV_LVM"),
+        ((RV, LV) * 2, "hole_LV"),
+    ],
+)
+def test_what_is_closed_by_corners_is_enclosed(around, criterion):
+    labels = np.zeros((5, 5), np.uint8)
+    labels[(1, 2, 3, 2), (2, 3, 2, 1)] = around
+    assert enclosed(labels) == [(criterion, 1)]
+
+
+def test_structures_hold_together_by_corners_and_touch_by_edges():
+    labels = np.zeros((9, 9, 3), np.uint8)
+    labels[4, 3:6] = labels[3:6, 4] = LVM  # four pixels
+    labels[4, 4] = LV
+    labels[3, 3, 1] = RV  # beside the LVM, and at a corner of the LV, as the background is
+    labels[2, 2, 2] = labels[1, 1, 2] = RV
+    labels[3, 3, 2] = LVM  # at a corner of the RV
+    assert violated(labels) == {}
+
+
+@pytest.mark.parametrize("z", [1, 4])
+def test_what_vanishes_beside_the_last_slice(z):
+    assert violated(punch(heart(), heart()[..., z] == LV, z, LVM))["vanishes_LV"] == [z]
 
 
 def test_small_gaps_of_rv_and_lvm_are_normal():
-    assert "gap_RV_LVM" not in violated(punch(heart(), disk(34, 48, 0), 2, 0))
+    """The limit is an area in mm², between one pixel and five."""
+    for radius, pixels in ((0, 1), (1, 5)):
+        labels = punch(heart(), disk(33, 48, radius), 2, 0)
+        assert enclosed(labels[..., 2]) == [("gap_RV_LVM", pixels)]
+        assert ("gap_RV_LVM" in violated(labels)) == (pixels == 5)
+        assert "gap_RV_LVM" not in plausibility(labels, (1.5, 0.8, 10.0)).violations  # 6 mm² at most
 
 
 def test_limits_belong_to_criteria():
-    assert set(LIMITS) <= set(CRITERIA) and module.SMALLEST > 0
+    assert set(LIMITS) <= set(CRITERIA)
 
 
 def test_bad_labels():

@@ -108,5 +108,6 @@ def test_pairs_with_nan_are_dropped_and_counted(test):
 def test_wrong_input(test):
     with pytest.raises(ValueError, match="equally long"):
         test([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="inf"):
-        test([1.0, np.inf], [1.0, 2.0])
+    for pair in (([1.0, np.inf], [1.0, 2.0]), ([1.0, 2.0], [-np.inf, 2.0])):
+        with pytest.raises(ValueError, match="inf"):
+            test(*pair)

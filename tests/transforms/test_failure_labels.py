@@ -156,6 +156,7 @@ def test_paper_tolerance_is_strict_and_in_voxels():
     assert paper == FailureCriterion()
     assert smallest_distances(paper, 1.4) == (3.16, 2.24)  # sqrt(10), sqrt(5)
     assert smallest_distances(replace(paper, strict=False), 1.4) == (3.0, 2.0)
+    assert smallest_distances(replace(paper, tolerance_outside=0, tolerance_inside=0), 1.4) == (1.0, 1.0)
     scaled = replace(paper, unit="mm", tolerance_outside=3.3, tolerance_inside=2.2)
     for spacing in (1.1, float(np.float32(1.1))):  # 3 x 1.1 mm is not more than 3.3 mm, whatever the rounding
         assert smallest_distances(scaled, spacing) == (3.16, 2.24)
@@ -343,7 +344,7 @@ def test_array_transform_errors():
     with pytest.raises(ValueError, match="MetaTensor"):
         FailureLabel("released_code")(prediction, reference)
     with pytest.raises(ValueError, match="differ in spacing"):
-        FailureLabel("released_code")(with_spacing(prediction, (1, 1)), with_spacing(reference, (1.4, 1.4)))
+        FailureLabel("released_code")(with_spacing(prediction, (1.4, 1.39)), with_spacing(reference, (1.4, 1.4)))
     with pytest.raises(ValueError, match=r"prediction.*\(40, 40, 3\)"):
         FailureLabel()(prediction[0], reference)
     with pytest.raises(ValueError, match=r"reference.*\(2, 40, 40, 3\)"):

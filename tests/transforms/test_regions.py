@@ -188,6 +188,7 @@ def test_region_grid_has_the_cells_with_a_pixel_of_the_image(drawn):
         ([(0, 8, 0, 8)] * 2, "1 slices.*2 boxes"),
         ([(0, 8, 0, 6)], "4 pixels do not tile.*slice 0"),
         ([(8, 16, 0, 8)], "no pixel"),
+        ([(0, 8, 8, 16)], "no pixel"),
     ],
 )
 def test_region_grid_errors(boxes, message):
@@ -219,11 +220,11 @@ def test_flagged_regions_are_numbered_by_probability_then_place():
 
 
 def test_ties_are_broken_by_slice_row_and_column():
-    cells = np.full((2, 2), 0.5)
-    _, records = flagged([cells, cells], [(0, 8, 0, 8)] * 2, (8, 8, 2), 0.0, 4)
-    places = [(r["slice"], r["row0"], r["col0"]) for r in records]
-    assert places == sorted(places) and len(places) == 8
-    assert [r["id"] for r in records] == list(range(1, 9))
+    cells = 0.5 + np.indices((6, 6)).sum(axis=0) % 2 / 4  # NumPy's default sort is stable for few or equal values
+    _, records = flagged([cells, cells], [(0, 24, 0, 24)] * 2, (24, 24, 2), 0.0, 4)
+    places = [(-r["probability"], r["slice"], r["row0"], r["col0"]) for r in records]
+    assert places == sorted(places) and len(places) == 72
+    assert [r["id"] for r in records] == list(range(1, 73))
 
 
 def test_regions_are_clipped_and_never_in_the_padding():

@@ -57,6 +57,8 @@ def test_entropy_of_certain_and_of_even_classes(dtype):
     np.testing.assert_allclose(predictive_entropy(even), 1, rtol=1e-6)
     coin = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=dtype)[:, None, None, None]
     np.testing.assert_allclose(predictive_entropy(coin), 0.5, rtol=1e-6)
+    for classes in (6, 7, 12):  # of which rounding would make more than 1 in single precision
+        assert predictive_entropy(torch.full((classes, 1), 1 / classes, dtype=dtype)).max() <= 1
 
 
 LOGITS = arrays.arrays(np.float32, (4, 3, 2, 2), elements=st.floats(-80, 80, width=32))

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from miniature_run import SPACING, load, write_patients
+from miniature_run import BOXES, SPACING, cells_inside, load, write_patients
 
 from cardiac_qc_plugin.bundle import load_detector, load_models
 from cardiac_qc_plugin.checkpoints import save_weights
@@ -19,6 +19,8 @@ from cardiac_qc_plugin.workflows.calibrate import (
     THRESHOLDS,
     Calibration,
     calibrate,
+    coverage,
+    made_by,
     promised_threshold,
     read_calibration,
     split_coverage,
@@ -60,10 +62,12 @@ def test_the_curves_are_those_of_the_masks(cohort):
             failures.append(failure_mask(*cases[case], SPACING[:2]))
             probability.append(load(root / "run" / case / "failure_probability.nii.gz"))
         assert found.failure_voxels[number] == np.sum(failures) > 0
-        for k in range(1, len(THRESHOLDS), 20):
-            flagged = np.array(probability) >= THRESHOLDS[k]
-            assert found.caught_voxels[number, k] == (np.array(failures) & flagged).sum()
-            assert flagged.sum() <= 64 * found.regions[number, k]
+        places = [(rows, cols, z) for z, box in enumerate(BOXES) for _, _, rows, cols in cells_inside(box)]
+        pairs = list(zip(probability, failures, strict=True))
+        cells = [(p[place].max(), mask[place].sum()) for p, mask in pairs for place in places]
+        for k in (*range(0, len(THRESHOLDS), 20), -1):  # 0 and 1 too, which some probabilities are
+            counts = [count for value, count in cells if value >= THRESHOLDS[k]]
+            assert (found.caught_voxels[number, k], found.regions[number, k]) == (sum(counts), len(counts))
     assert found.caught[:, 0].max() <= 1 and (np.diff(found.regions) <= 0).all()
     again = root / "again.json"
     found.write(again)
@@ -105,7 +109,12 @@ def test_the_budget_is_the_lowest_threshold_that_nine_in_ten_keep():
 def test_a_patient_without_failures_loses_nothing():
     assert (synthetic(10, without=3).caught[:3] == 1).all()
     lower = synthetic(25).promise_catch(0.9).threshold
-    assert synthetic(25, without=10).promise_catch(0.9).threshold > lower
+    found = synthetic(25, without=10)
+    promise = found.promise_catch(0.9)
+    assert promise.threshold > lower
+    k = THRESHOLDS.index(promise.threshold)
+    assert promise.caught == pytest.approx((10 + found.caught_voxels[10:, k].sum() / 100) / 25)
+    assert promise.regions_per_patient == pytest.approx(found.regions[:, k].sum() / 25)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +124,38 @@ def test_a_patient_without_failures_loses_nothing():
         (8, lambda c: c.promise_catch(0.9), r"at most 0.8888 .* takes 9 or more"),
         (8, lambda c: c.promise_budget(20), r"for 88.9% at most. It takes 9 patients or more"),
         (8, lambda c: c.promise_catch(90), "between 0 and 1"),
+        (8, lambda c: c.promise_catch(1), "between 0 and 1"),
         (8, lambda c: c.promise_budget(-1), "at least 0"),
     ],
 )
 def test_what_cannot_be_promised(n, ask, message):
     with pytest.raises(ValueError, match=message):
         ask(synthetic(n))
+
+
+def test_coverage_is_that_of_the_other_patients():
+    own, other = synthetic(25), synthetic(10, seed=1, without=2)
+    rows = coverage(own, other)
+    assert [row["promised"] for row in rows] == [True] * 6
+    for row in rows:
+        k = THRESHOLDS.index(row["threshold"])
+        regions = other.regions[:, k]
+        kept = [1, 1, *other.caught_voxels[2:, k] / 100] if row["kind"] == "catch" else regions <= row["target"]
+        assert row["kept"] == pytest.approx(np.mean(kept))
+        assert row["regions_per_patient"] == pytest.approx(regions.sum() / 10)
+        assert row["regions_flagged"] == pytest.approx(regions.sum() / (10 * 50))  # all 50 at threshold 0
+
+
+def test_splits_are_disjoint_random_and_repeatable():
+    found = synthetic(25, seed=3)
+    rows = split_coverage(found, splits=20)
+    assert rows == split_coverage(found, splits=20)
+    random, left_out = (
+        next(r for r in rows if r["design"] == d) for d in ("15 / 10, 20 random splits", "24 / 1, each left out")
+    )
+    assert random["kept_sd"] > 0
+    alone = [coverage(found.of(np.delete(np.arange(25), i)), found.of([i]))[0]["kept"] for i in range(25)]
+    assert (left_out["kept"], left_out["kept_sd"]) == pytest.approx((np.mean(alone), np.std(alone)))
 
 
 def test_coverage_over_splits_is_as_promised():
@@ -161,14 +196,40 @@ def test_files_that_are_no_calibration(tmp_path, text):
         read_calibration(tmp_path / "file.json")
 
 
-def test_check_and_test_from_the_command_line(cohort, tmp_path, command):
-    root, _ = cohort
-    others = tmp_path / "others"
+@pytest.mark.parametrize("change", [lambda r: r["threshold"].pop(), lambda r: r["threshold"].reverse()])
+def test_a_file_with_other_thresholds_than_numbers(tmp_path, change):
+    synthetic(3).write(tmp_path / "file.json")
+    edit(tmp_path / "file.json", change)
+    with pytest.raises(ValueError, match="file.json: not one number for each of 28[23] ascending thresholds"):
+        read_calibration(tmp_path / "file.json")
+
+
+@pytest.fixture
+def others(cohort, tmp_path):
+    """The same patients under other names, and the references of all."""
+    root, folder = cohort[0], tmp_path / "others"
     for kind in ("run", "acdc"):
-        shutil.copytree(root / kind, others / kind)
-        for path in sorted(others.rglob("*patient*"), reverse=True):
+        shutil.copytree(root / kind, folder / kind)
+        for path in sorted(folder.rglob("*patient*"), reverse=True):
             path.rename(path.with_name(path.name.replace("patient", "other")))
-    shutil.copytree(root / "acdc", others / "acdc", dirs_exist_ok=True)
+    shutil.copytree(root / "acdc", folder / "acdc", dirs_exist_ok=True)
+    return folder
+
+
+def test_test_patients_that_fail_or_were_made_otherwise(cohort, tmp_path, others):
+    root, _ = cohort
+    arguments = (root / "run", others / "acdc", tmp_path / "file.json")
+    (others / "run" / "other002_frame01" / "failure_probability.nii.gz").write_bytes(b"")
+    outcome = calibrate(*arguments, test=others / "run")
+    assert list(outcome.failures) == ["other002_frame01"] and (tmp_path / "file.json").exists()
+    for path in (others / "run").rglob("qc.json"):
+        edit(path, lambda record: record["detection"].update(weights_sha256="c"))
+    with pytest.raises(ValueError, match="run: its weights_sha256 is .*, but the calibration is for"):
+        calibrate(*arguments, test=others / "run")
+
+
+def test_check_and_test_from_the_command_line(cohort, others, command):
+    root, _ = cohort
     arguments = ["--reference", others / "acdc", "--output", root / "cli.json", "--check", "--test", others / "run"]
     result = command("calibrate", "--predictions", root / "run", *arguments)
     assert result.returncode == 0, result.stderr
@@ -239,9 +300,9 @@ def test_run_flags_by_the_promise_and_records_it(bundles, tmp_path, run_command)
     assert (qc["promise"]["kind"], qc["promise"]["target"], qc["promise"]["source"]) == ("catch", 0.9, "numbers")
     curve = json.loads((tmp_path / "operating_curve.json").read_text())
     assert (curve["model"], curve["map"], curve["patients"], curve["source"]) == ("dn", "bmap", 25, "numbers")
-    assert curve["threshold"] == sorted(curve["threshold"])
+    assert curve["threshold"] == calibration.threshold.tolist()
     np.testing.assert_allclose(curve["caught"], calibration.caught.mean(axis=0), atol=1e-6)
-    assert len(curve["regions_per_patient"]) == len(curve["threshold"])
+    np.testing.assert_allclose(curve["regions_per_patient"], calibration.regions.mean(axis=0), atol=1e-3)
     result = run_command(root, tmp_path)  # again, at the bundle's own operating point
     assert result.returncode == 0, result.stderr
     qc = json.loads((tmp_path / "scan" / "qc.json").read_text())
@@ -253,6 +314,9 @@ def test_promises_that_run_refuses(bundles, tmp_path, run_command):
     with pytest.raises(ValueError, match="not both"):
         promised_threshold(*models, catch=0.9, regions_per_patient=5)
     assert promised_threshold(*models)[1] is None
+    assert promised_threshold(*models, regions_per_patient=0)[1] == calibration.promise_budget(0)
+    with pytest.raises(ValueError, match="between 0 and 1, got 0"):
+        promised_threshold(*models, catch=0)
     other = load_models("dn", "bmap", 3, "cpu", root)
     assert promised_threshold(*other) == (None, None)  # no curve, and no complaint: nobody asked
     with pytest.raises(ValueError, match="made for the samples 2, but this run has 3"):
@@ -267,6 +331,14 @@ def test_promises_that_run_refuses(bundles, tmp_path, run_command):
     result = run_command(root, tmp_path / "out", "--catch", 0.9, "--threshold", 0.5)
     assert result.returncode == 1 and "leave out --threshold" in result.stderr
     assert not (tmp_path / "out" / "scan").exists()
+
+
+def test_samples_matter_to_the_b_map_only():
+    record = {"detection": {"bundle": "cardiac_segmentation_failure"}}
+    name_weights(record)
+    for name, samples in (("bmap", 10), ("emap", None)):
+        record["detection"]["map"] = name
+        assert made_by(record)[:3] == ("dn", name, samples)
 
 
 def test_a_check_that_cannot_be_done_writes_nothing(cohort, tmp_path):

@@ -11,7 +11,15 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.reports.cine import describe_cine
-from cardiac_qc_plugin.workflows.cine import choose_phases, group_cines, plan_phases, write_cines, write_indices
+from cardiac_qc_plugin.workflows.cine import (
+    choose_phases,
+    group_cines,
+    index_intervals,
+    named_indices,
+    plan_phases,
+    write_cines,
+    write_indices,
+)
 from cardiac_qc_plugin.workflows.files import write_json
 from cardiac_qc_plugin.workflows.run import CaseFailures, run
 
@@ -47,6 +55,11 @@ def test_a_cine_beside_its_own_ed_and_es_is_measured_itself(tmp_path):
     assert (record["es_phase"], record["indices"]["lv_esv_ml"]) == (3, 60)
 
 
+@pytest.mark.parametrize("name", ["heart_ed", "heart_es"])
+def test_one_phase_alone_is_no_heart_to_measure(tmp_path, name):
+    assert group_cines([case(name, 120)], tmp_path) == []
+
+
 def test_indices_of_a_cine(tmp_path):
     write_json(
         tmp_path / "heart" / "dicom.json",
@@ -56,10 +69,11 @@ def test_indices_of_a_cine(tmp_path):
             "trigger_times_ms": [0, 50, 100, 150, 200],
         },
     )
-    (record,) = written(cine(tmp_path), tmp_path)
+    (record,) = written(cine(tmp_path)[::-1], tmp_path)
     assert (record["ed_phase"], record["es_phase"], record["ed_es"]) == (0, 3, "found from the LV volume")
     indices = record["indices"]
     assert indices["lv_edv_ml"] == 120 and indices["lv_esv_ml"] == 60 and indices["lv_sv_ml"] == 60
+    assert indices["rv_sv_ml"] == 66
     assert indices["lv_ef_percent"] == 50 and indices["rv_ef_percent"] == 50
     assert indices["lvm_mass_g"] == 105  # 1.05 g/ml
     assert record["body_surface_area_m2"] == 2 and indices["lv_edv_ml_per_m2"] == 60
@@ -80,6 +94,8 @@ def test_given_phases_are_respected(tmp_path):
     assert (record["ed_phase"], record["es_phase"]) == (7, 3)
     assert record["ed_es"] == "ED given, ES found from the LV volume"
     assert record["indices"]["lv_edv_ml"] == 110 and record["found"] == {"ed_phase": 0, "es_phase": 3}
+    (record,) = written(cine(tmp_path), tmp_path, given=(4, 0))  # phase 0 is given, too
+    assert (record["ed_phase"], record["es_phase"]) == (4, 0)
     with pytest.raises(ValueError, match="no phase 9 among its 8"):
         written(cine(tmp_path), tmp_path, given=(9, None))
 
@@ -107,6 +123,26 @@ def test_a_jump_is_flagged(tmp_path):
     (record,) = written(cine(tmp_path, lv), tmp_path)
     assert {"phase": 4, "structure": "LV"} in record["jumps"] and record["es_phase"] == 3
     assert "volume jumps at phase 4" in describe_cine(record)
+    with open(tmp_path / "indices.csv") as stream:
+        assert next(csv.DictReader(stream))["phases_with_jumps"] == "1"  # RV and LV in the same one
+
+
+def test_phases_are_found_by_the_lv_and_keep_their_numbers(tmp_path):
+    """Without phase 1, and with an RV that moves against the LV, but for a jump."""
+    cases = [qc for qc in cine(tmp_path) if qc["case"] != "heart/phase01"]
+    for qc in cases:
+        volumes = qc["segmentation"]["volume_ml"]
+        volumes["RV"] = 200 - volumes["LV"]
+    cases[5]["segmentation"]["volume_ml"]["RV"] = 20.0
+    (record,) = written(cases, tmp_path)
+    assert (record["ed_phase"], record["es_phase"]) == (0, 3)
+    assert record["jumps"] == [{"phase": 6, "structure": "RV"}]
+
+
+def test_a_weight_of_zero_is_none(tmp_path):
+    write_json(tmp_path / "heart" / "dicom.json", {"subject": {"height_cm": 180.0, "weight_kg": 0.0}})
+    (record,) = written(cine(tmp_path), tmp_path)
+    assert record["subject"] == {"height_cm": 180.0} and record["body_surface_area_m2"] is None
 
 
 def test_intervals_come_from_pairs_of_samples(tmp_path):
@@ -124,6 +160,21 @@ def test_intervals_come_from_pairs_of_samples(tmp_path):
     assert describe_cine(record).startswith("LV EF 60 % (60 to 60), EDV 100 ml (57 to 143)")
     assert "slices flagged: 2 at ED, 2 at ES" in describe_cine(record)
     assert record["flagged_slices"] == {"ed": [0, 3], "es": [0, 3]} and record["flagged_levels"] == {}
+    with open(tmp_path / "indices.csv") as stream:
+        (row,) = csv.DictReader(stream)
+    assert float(row["lv_edv_ml_low"]) < 100 < float(row["lv_edv_ml_high"]) and row["ed_slices_flagged"] == "2"
+
+
+def test_intervals_end_at_what_is_possible():
+    """Two samples that contradict each other: half the interval is 12.7 standard deviations, of 56.6 ml or %."""
+    ed, es = ({name: values for name in ("LV", "RV", "LVM")} for values in ([100.0, 100.0], [10.0, 90.0]))
+    indices = named_indices(dict.fromkeys(ed, 100.0), dict.fromkeys(es, 50.0), None)
+    intervals = index_intervals(indices, ed, es)
+    low, high = (50 + sign * 12.7062 * 40 * 2**0.5 for sign in (-1, 1))
+    assert intervals["lv_esv_ml"] == pytest.approx([0, high], abs=0.01)
+    assert intervals["lv_sv_ml"] == pytest.approx([low, high], abs=0.01)  # blood may flow back
+    assert intervals["lv_ef_percent"] == pytest.approx([low, 100], abs=0.01)
+    assert index_intervals(indices, ed, {}) == index_intervals(indices, {}, es) == {}  # one of the two was not sampled
 
 
 def test_flagged_slices_are_named_by_their_third(tmp_path):
@@ -138,6 +189,10 @@ def test_no_lv_at_all(tmp_path):
     (record,) = written(cine(tmp_path, [0, 0, 0, 0]), tmp_path)
     assert record["ed_phase"] is None and record["ed_es"] == "not known"
     assert record["indices"] == {} and "no indices" in describe_cine(record)
+    (record,) = written(cine(tmp_path, [0, 0, 0, 0]), tmp_path, given=(2, None))
+    assert record["ed_es"] == "ED given, ES not known" and record["indices"] == {}
+    (record,) = written([case("heart_ed", 0), case("heart_es", 0)], tmp_path)
+    assert record["indices"]["lv_ef_percent"] is None and record["indices"]["lv_edv_ml"] == 0
 
 
 def test_a_phase_that_is_lost_after_the_plan(tmp_path):
@@ -149,6 +204,8 @@ def test_a_phase_that_is_lost_after_the_plan(tmp_path):
     (lost,) = group_cines([qc for qc in cine(tmp_path) if qc["case"] != "heart/phase03"], tmp_path)
     with pytest.raises(ValueError, match="heart: phase 3, its end-diastole or end-systole, could not be processed"):
         plan_phases(lost, "images")
+    (again,) = group_cines(cine(tmp_path, LV[::-1]), tmp_path)
+    assert plan_phases(again, "other images") == (7, 4)  # a plan for others is none
 
 
 def test_a_phase_that_does_not_exist_stops_no_other_heart(bundles, tmp_path):  # noqa: F811

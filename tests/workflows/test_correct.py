@@ -74,6 +74,7 @@ def test_the_scan_grid_and_header_codes_stay(run):
     assert (int(after.header["sform_code"]), int(after.header["qform_code"])) == (2, 0)
 
 
+@pytest.mark.parametrize("apex", ["last", "first"])
 @pytest.mark.parametrize(
     "rule, criterion, expected",
     [
@@ -83,11 +84,11 @@ def test_the_scan_grid_and_header_codes_stay(run):
         ("upper_bound", "released_code", "released_code"),
     ],
 )
-def test_rules_with_a_failure_criterion(run, rule, criterion, expected):
+def test_rules_with_a_failure_criterion(run, rule, criterion, expected, apex):
     root, cases = run
-    correct(root / "run", root / "out", reference=root / "acdc", rule=rule, criterion=criterion)
+    correct(root / "run", root / "out", reference=root / "acdc", rule=rule, criterion=criterion, apex=apex)
     for case, (prediction, reference) in cases.items():
-        replaced = failure_mask(prediction, reference, SPACING[:2], expected)
+        replaced = failure_mask(prediction, reference, SPACING[:2], expected, apex)
         if rule == "released_code":
             replaced &= flagged(root, case)
         corrected = load(root / "out" / case / "segmentation.nii.gz")
@@ -131,6 +132,19 @@ def test_expert_edits(run):
     np.testing.assert_array_equal(load(root / "out" / CASE / "segmentation.nii.gz"), edited)
     record = json.loads((root / "out" / CASE / "correction.json").read_text())
     assert (record["kind"], record["n_voxels_changed"], record["edits"]["n_outside"]) == ("expert", 1, 0)
+
+
+def test_expert_edits_with_turned_axes_are_turned_back(run):
+    """An editor may store the mask with other axes, and says so in the affine."""
+    root, cases = run
+    write_edits(root, cases, outside=0)
+    for path in (root / "edited").rglob("*.nii.gz"):
+        image = nib.Nifti1Image(load(path), np.diag([-1.5, -1.5, 8.0, 1.0]))
+        nib.save(image.as_reoriented(np.array([[1, -1], [0, 1], [2, -1]])), path)
+    assert not correct(root / "run", root / "out", edited=root / "edited").failures
+    for case, (prediction, _) in cases.items():
+        changed = np.argwhere(load(root / "out" / case / "segmentation.nii.gz") != prediction)
+        np.testing.assert_array_equal(changed, np.argwhere(flagged(root, case))[:1])
 
 
 def test_a_correction_does_not_replace_a_review(run):
@@ -180,10 +194,14 @@ def test_edits_outside_flagged_regions_are_refused_or_dropped(run):
         ({"reference": "acdc", "rule": "magic"}, "'magic'"),
         ({"reference": "acdc", "rule": "upper_bound", "criterion": "strict"}, "'strict'"),
         ({"reference": "acdc", "criterion": "paper"}, "give no criterion"),
+        ({"reference": "acdc", "apex": "top"}, "'top'"),
         ({"edited": "acdc", "rule": "upper_bound"}, "belong to simulated correction"),
+        ({"edited": "acdc", "criterion": "paper"}, "belong to simulated correction"),
         ({"edited": "acdc", "on_outside": "ignore"}, "'ignore'"),
         ({"reference": "nowhere"}, "nowhere: no such folder"),
         ({"reference": "acdc", "output": "run/corrected"}, "write the corrections elsewhere"),
+        ({"reference": "acdc", "output": "empty/../run/corrected"}, "the predictions .* lie in each other"),
+        ({"reference": "acdc", "output": "."}, "the predictions .* lie in each other"),
         ({"reference": "acdc", "output": "acdc/corrected"}, "the reference .* lie in each other"),
         ({"edited": "acdc", "output": "acdc"}, "the edited masks .* lie in each other"),
         ({"reference": "acdc", "predictions": "empty"}, "no segmentation.nii.gz"),

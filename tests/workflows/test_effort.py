@@ -144,6 +144,19 @@ def test_hausdorff_of_appearing_and_vanishing_structures():
         expected = dice_and_hausdorff(labels, reference, SPACING).values()
         np.testing.assert_allclose(found[count], [s.hausdorff_penalized for s in expected], rtol=1e-6)
         np.testing.assert_allclose(dice[count], [s.dice for s in expected], rtol=1e-6)
+    np.testing.assert_array_equal(volume.hausdorff(order, [3, 8]), found[[3, 8]])  # not from the start on
+
+
+def test_hausdorff_to_the_inner_surface_of_a_ring():
+    """Where the reference's surface lies inside the prediction, whose own is farther away than its voxels."""
+    reference = np.zeros((16, 16, 3), np.uint8)
+    reference[2:14, 2:14] = 2
+    reference[6:10, 6:10] = 3
+    prediction = np.where(reference > 0, 2, 0).astype(np.uint8)
+    volume = ReviewedVolume(prediction, reference, (1.0, 1.0, 9.0), region_grid([(0, 16, 0, 16)] * 3, (16, 16, 3), 8))
+    expected = [s.hausdorff_penalized for s in dice_and_hausdorff(prediction, reference, (1.0, 1.0, 9.0)).values()]
+    assert expected[1] == 3
+    np.testing.assert_allclose(volume.hausdorff(np.arange(12), [0])[0], expected, rtol=1e-6)
 
 
 def copy_with_emap(root, target):

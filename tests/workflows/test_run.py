@@ -212,11 +212,12 @@ def test_a_structure_that_no_sample_found_is_urgent():
     lost = scores({"samples": 10, "pairwise_dice": {"RV": None, "LVM": 0.95, "LV": 0.95}}, detection)
     assert found["urgency"] == pytest.approx(0.1) and lost["urgency"] > 0.3
     assert scores({"samples": 0, "pairwise_dice": {}}, detection)["urgency"] == 3.0
+    assert scores({"samples": 1, "pairwise_dice": {"LV": None}}, detection) == {"region_failure": 3.0, "urgency": 3.0}
 
 
 def test_urgencies_have_one_unit():
     sampled = [{"sample_disagreement": 0.7, "region_failure": 3.0}, {"sample_disagreement": 0.1, "region_failure": 9.0}]
-    assert urgencies(sampled) == [0.7, 0.1]
+    assert urgencies([*sampled, {}]) == [0.7, 0.1, -np.inf]  # one that failed changes no other's
     assert urgencies([*sampled, {"region_failure": 5.0}, {}]) == [3.0, 9.0, 5.0, -np.inf]
 
 
