@@ -144,7 +144,7 @@ def table(predictions: str | Path) -> Outcome:
         predictions: output folder of ``run``.
 
     Raises:
-        ValueError: if there is no case in it, its worklist is none, or pyarrow is missing.
+        ValueError: if there is no case in it, its worklist or ``quarantine.json`` is damaged, or pyarrow is missing.
     """
     folder, failures = Path(predictions), {}
     if not next(folder_records(folder), None):
@@ -162,7 +162,7 @@ def folder_rows(folder: Path, failures: dict[str, str]) -> Iterator[dict[str, An
         failures: gets case and reason of every record that cannot be read.
 
     Raises:
-        ValueError: if the worklist is not one, or the record of quarantined files is damaged.
+        ValueError: if the worklist is damaged or has no such columns, or ``quarantine.json`` is damaged.
     """
     worklist, record = folder / "worklist.csv", folder / "quarantine.json"
     quarantined = read_json(record) if record.is_file() else {}
