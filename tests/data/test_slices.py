@@ -368,6 +368,9 @@ def test_margin_is_real_image():
     augmentation = PatchAugmentation(scale=(1.0, 1.2))
     whole = torch.ones(200, 1, *[16 + 2 * augmentation.margin(16)] * 2)
     assert (augment(augmentation, whole, whole, 16)[1] == 1).all()
+    turned = PatchAugmentation(scale=(1.0, 1.0))
+    data = marked(np.ones((200, 200, 1)), patch_size=16, augmentation=turned, length=20)  # few patches at the edge
+    assert (torch.cat([batch["label"] for batch in data]) == 1).float().mean() > 0.99
 
 
 def test_label_numbers_of_the_input_are_not_interpolated():
