@@ -81,6 +81,19 @@ def test_lv_that_touches_what_it_cannot():
     assert violated(labels)["LV_touches_RV"] == [3]
 
 
+def test_lv_at_the_edge_of_the_image_has_no_wall_there():
+    labels = heart()[:, :52]  # the field ends in the middle of the LV
+    assert violated(labels)["LV_touches_background"] == [1, 2, 3, 4]
+
+
+def test_epicardium_of_an_open_ring_is_closed_by_the_lv():
+    """What the epicardium encloses is judged, LV and all: a narrow opening of the LVM is no concavity."""
+    labels = heart()
+    labels[..., 2][(np.indices((96, 96))[0] == 50) & (np.indices((96, 96))[1] > 60) & (labels[..., 2] == LVM)] = 0
+    found = violated(labels)
+    assert found["LV_touches_background"] == [2] and "concavity_LVM" not in found
+
+
 @pytest.mark.parametrize("z", [0, 1, 5])
 def test_base_and_apex_may_be_open(z):
     """The base is the first slice with an LV or LVM; the RV may begin before it."""
