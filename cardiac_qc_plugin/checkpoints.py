@@ -22,6 +22,7 @@ __all__ = [
     "check_version",
     "detector_file",
     "epoch_length",
+    "input_channels",
     "load_weights",
     "read_threshold",
     "remove_checkpoint",
@@ -73,15 +74,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         ValueError: if the file is missing, is no state dict, or belongs to another network, or to a detector of other
             regions (by the operating point beside it: the weights fit all); the message says how it differs.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file. Train the bundle, or fetch the weights that it ships.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("model", state)
-        found = {key: value.shape for key, value in state.items()}
-    except Exception as error:
-        raise ValueError(f"{path}: not a file of weights ({error}).") from error
+    state = _read_state(path)
+    found = {key: value.shape for key, value in state.items()}
     expected = {key: value.shape for key, value in network.state_dict().items()}
     wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
     if wrong:
@@ -101,6 +95,30 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         )
     network.load_state_dict(state)
     return network
+
+
+def _read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file, bare or under ``"model"``; errors as of `load_weights`."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file. Train the bundle, or fetch the weights that it ships.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+        return {key: value.detach() for key, value in state.items()}
+    except Exception as error:
+        raise ValueError(f"{path}: not a file of weights ({error}).") from error
+
+
+def input_channels(path: str | Path) -> int:
+    """Channels of the input that saved weights are for: of a detector 2, or 3 if it sees the segmentation.
+
+    Raises:
+        ValueError: if the file is missing, or holds no weights of a convolutional network.
+    """
+    kernels = (value for value in _read_state(path).values() if value.ndim == 4)
+    if (first := next(kernels, None)) is None:
+        raise ValueError(f"{path}: not the weights of a convolutional network.")
+    return first.shape[1]
 
 
 def _trained_region_size(weights: str | Path, size: int | None) -> int | None:

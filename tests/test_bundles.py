@@ -25,6 +25,7 @@ from cardiac_qc_plugin.bundle import NETWORKS, BundlePredictor, SegmentWithBundl
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
+from cardiac_qc_plugin.networks import FailureResNet
 from cardiac_qc_plugin.workflows.calibrate import read_calibration
 from cardiac_qc_plugin.workflows.files import file_sha256, read_volume, write_like
 
@@ -115,7 +116,7 @@ def test_readme_has_the_settings_and_their_defaults(bundle):
 def test_training_and_inference_agree(bundle):
     training = config(bundle, "train")
     inference = json.loads(json.dumps(config(bundle, "inference")).replace("@displayable_configs#", "@"))
-    shared = {"network_def", "network", "spacing", "region_size", "min_size", "see_segmentation"} & set(training)
+    shared = {"network_def", "network", "spacing", "region_size", "min_size"} & set(training)
     assert {key: training[key] for key in shared} == {key: inference[key] for key in shared}
     trained, inferred = training["train"]["deterministic_transforms"], inference["preprocessing"]["transforms"]
     if bundle in SEGMENTATION:
@@ -561,6 +562,22 @@ def test_each_network_and_map_has_a_detector_of_its_own(name, tmp_path):
     if name == "inference.json":
         path.with_name(f"{path.stem}_operating_point.json").write_text('{"threshold": 0.25}')
         assert parser.get_parsed_content("threshold") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("names", "inferer"),
+    [(["inference.json"], "inferer"), (["train.json", "evaluate.yaml"], "validate#inferer")],
+    ids=["inference", "evaluate"],
+)
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_detector_sees_what_its_weights_are_for(names, inferer, channels, tmp_path):
+    configs = ROOT / "bundles" / "cardiac_segmentation_failure" / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / name) for name in names])
+    parser["ckpt_path"] = str(tmp_path / "mine.pt")
+    save_weights(FailureResNet(in_channels=channels), tmp_path / "mine.pt")
+    load_weights(parser.get_parsed_content("network_def"), tmp_path / "mine.pt")  # which refuses another number
+    assert parser.get_parsed_content(inferer).see_segmentation is (channels == 3)
 
 
 def test_a_detector_that_is_not_there_is_named_with_those_that_are(tmp_path):

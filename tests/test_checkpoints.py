@@ -9,7 +9,14 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from cardiac_qc_plugin.checkpoints import EpochCheckpoint, epoch_length, load_weights, remove_checkpoint, save_weights
+from cardiac_qc_plugin.checkpoints import (
+    EpochCheckpoint,
+    epoch_length,
+    input_channels,
+    load_weights,
+    remove_checkpoint,
+    save_weights,
+)
 from cardiac_qc_plugin.metrics import VolumeDetection
 from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
 from cardiac_qc_plugin.workflows.operating_point import choose_operating_point
@@ -190,6 +197,20 @@ def test_weights_of_another_network(weights, other, entry):
     for part in (str(weights), type(net).__name__, f"'{entry}'"):
         assert part in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_weights_tell_whether_a_detector_sees_the_segmentation(channels, tmp_path):
+    save_weights(FailureResNet(in_channels=channels), tmp_path / "model.pt")
+    assert input_channels(tmp_path / "model.pt") == channels
+
+
+def test_weights_without_channels(tmp_path):
+    save_weights(nn.Linear(3, 2), tmp_path / "linear.pt")
+    with pytest.raises(ValueError, match="linear.pt: not the weights of a convolutional network"):
+        input_channels(tmp_path / "linear.pt")
+    with pytest.raises(ValueError, match="none.pt: no such file"):
+        input_channels(tmp_path / "none.pt")
 
 
 def test_detector_of_other_regions_is_refused(tmp_path):

@@ -210,6 +210,7 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
         raise ValueError(f"{folder}/models/model.pt: no such file. Train the bundle, or give weights with --weights.")
     config = ConfigParser()
     config.read_config(str(folder / "configs" / "inference.json"))
+    config["ckpt_path"] = str(files["models/model.pt"])  # which tells a detector's number of channels
     load_weights(config.get_parsed_content("network_def"), files["models/model.pt"])
     if "read_threshold" in str(config.get("threshold")):
         read_threshold(files["models/model.pt"])  # it has to be there, too
