@@ -690,8 +690,6 @@ def main() -> None:
     """Run a command; an error is one line, and a non-zero exit code."""
     import fire
 
-    # importing MONAI makes many objects and no garbage: to look for it less often saves a second
-    gc.set_threshold(50_000)
     # MONAI looks for a GPU decoder of DICOM files whenever a reader is made, and tells that there is none
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
@@ -715,4 +713,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # importing MONAI makes many objects and no garbage: to look for it less often saves a second
+    gc.set_threshold(50_000)
     main()
