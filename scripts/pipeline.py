@@ -713,6 +713,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # importing MONAI makes many objects and no garbage: to look for it less often saves a second
+    # importing MONAI makes many objects and no garbage: to look for it less often saves a second of the import
     gc.set_threshold(50_000)
     main()
