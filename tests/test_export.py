@@ -252,6 +252,16 @@ def test_bundle_that_runs_another_one_has_its_modules():
     assert set(vendor({"a": without}, siblings)[0]) == {"__init__.py", "losses.py"}
 
 
+@pytest.mark.parametrize(("detector", "channels"), [("dn_emap", 3), ("unet_emap", 2)])
+def test_other_weights_can_be_loaded(detector, channels, tmp_path):
+    """As ``monai.bundle.load`` does, whose network is the one of the training config."""
+    weights = BUNDLES / FAILURE / "models" / f"{detector}.pt"
+    with zipfile.ZipFile(export(FAILURE, tmp_path / "dist", weights=weights)) as content:
+        content.extractall(tmp_path)
+    code = f"from monai.bundle import load; print(next(load({FAILURE!r}, bundle_dir='.').parameters()).shape[1])"
+    assert without_plugin(tmp_path, "-c", code, path=[tmp_path / FAILURE]).split()[-1] == str(channels)
+
+
 def test_other_weights_come_with_their_own_operating_point(tmp_path):
     shipped = BUNDLES / FAILURE / "models"
     for name in ("mine.pt", "mine_operating_point.json"):

@@ -20,7 +20,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.bundle import find_bundle
-from cardiac_qc_plugin.checkpoints import load_weights, read_threshold
+from cardiac_qc_plugin.checkpoints import input_channels, load_weights, read_threshold
 
 from .files import file_sha256, read_json, write_file
 
@@ -217,6 +217,11 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
     return files
 
 
+def with_channels(text: str, weights: Path) -> str:
+    """``train.json`` of a detector with the channels of the weights: ``monai.bundle.load`` makes the network of it."""
+    return re.sub(r'(?<="see_segmentation": )(?:true|false)', json.dumps(input_channels(weights) == 3), text)
+
+
 def write_zip(path: Path, files: dict[str, bytes | Path]) -> None:
     """Write a zip that depends on nothing but the files: in order of name, without dates and owners."""
 
@@ -280,6 +285,7 @@ def export(
 
     configs = {name: files[name].decode() for name in files if Path(name).suffix in {".json", *YAML}}
     del configs["configs/metadata.json"]
+    configs["configs/train.json"] = with_channels(configs["configs/train.json"], models["models/model.pt"])
     siblings = {str(path): path.read_text() for path in sorted(folder.parent.glob("*/configs/inference.json"))}
     sources, imports = vendor({str(folder / name): text for name, text in configs.items()}, siblings)
     files |= {f"{VENDORED}/{name}": text.encode() for name, text in sources.items()}
