@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from .transforms.spatial import CODES, seen_from_base
 from .transforms.uncertainty import bayesian_map, predictive_entropy
 
 __all__ = ["AutocastInferer", "EnsembleSliceInferer", "FailureRegionInferer", "MCDropoutSliceInferer"]
+
+Window: TypeAlias = tuple[slice, slice]  # rows and columns of the field
 
 STRIDE = 16  # of the networks, the largest
 # bytes of the largest layer's output in a forward pass: above 32 MiB glibc asks the kernel for every buffer anew
@@ -72,6 +75,9 @@ class MCDropoutSliceInferer(Inferer):
         region: ``"whole"`` field, or the ``"heart"``: the samples see a box around what the deterministic pass takes
             for heart, and its margin. Outside, the probabilities are the deterministic pass's, and the b-map is 0.
         margin: of the heart's box, in pixels.
+        turns: quarter turns in which slices are seen, 1 to 4 (test-time augmentation; the networks are trained in all
+            four): sample t sees its slice after ``t mod turns`` of them, and the deterministic pass is the mean of one
+            in each.
         sw_batch_size: images per forward pass; None for as many as the cache or the device is fast with.
         seed: seed of the samples; the same seed gives the same maps.
         amp: bf16 or 8-bit integers, where the device is fast at them, see
@@ -106,6 +112,7 @@ class MCDropoutSliceInferer(Inferer):
         prediction: str = "mean",
         region: str = "whole",
         margin: int = 16,
+        turns: int = 1,
         sw_batch_size: int | None = None,
         seed: int = 0,
         amp: bool = True,
@@ -120,10 +127,13 @@ class MCDropoutSliceInferer(Inferer):
             )
         if region not in ("heart", "whole"):
             raise ValueError(f"region is 'heart' or 'whole', got '{region}'.")
+        if turns not in range(1, 5):
+            raise ValueError(f"turns is 1 to 4, got {turns}.")
         self.samples = samples
         self.prediction = prediction
         self.region = region
         self.margin = margin
+        self.turns = turns
         self.sw_batch_size = sw_batch_size
         self.seed = seed
         self.amp = amp
@@ -171,20 +181,24 @@ class MCDropoutSliceInferer(Inferer):
         self, stack: torch.Tensor, passes: FusedNetwork | SequentialNetwork, report: Callable[[float], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Channels (D, 2 K + 2, H, W) and areas (D, T, K) described in the class, for ``(D, C, H, W)`` slices."""
-        sure = self._deterministic(stack, passes, report)
-        mean, std = sure, torch.zeros_like(sure)
-        votes = most_probable(sure)
+        sure, moments, window = None, None, None
+        for turn in range(self.turns):
+            turned = stack.rot90(turn, (2, 3)).contiguous()
+            seen = self._deterministic(turned, passes, report, turn)
+            sure = seen if sure is None else sure + seen.rot90(-turn, (2, 3))
+            if self.samples > 0:
+                window = window or self._window(sure)
+                moments = moments or Moments(sure[(..., *window)], self.samples)
+                self._sample(turned, seen, turned_window(window, sure.shape[2:], turn), passes, moments, report, turn)
+        if self.turns > 1:
+            sure /= self.turns
+        mean, std, votes = sure, torch.zeros_like(sure), most_probable(sure)
         areas = votes.sum(dim=(2, 3), dtype=torch.long)[:, None].repeat(1, self.samples, 1)
-        if self.samples > 0:
-            whole = (slice(0, sure.shape[2]), slice(0, sure.shape[3]))
-            window = whole if self.region == "whole" else heart_window(sure, self.margin)
+        if moments is not None:
             mean = sure.clone()
-            moments = [part[(..., *window)] for part in (mean, std, votes)]
-            areas -= moments[2].sum(dim=(2, 3), dtype=torch.long)[:, None]
-            for part in moments:
-                part.zero_()
-            self._sample(stack, sure, None if window == whole else window, passes, moments, areas, report)
-            votes[(..., *window)] /= self.samples
+            areas += moments.areas - votes[(..., *window)].sum(dim=(2, 3), dtype=torch.long)[:, None]
+            for field, inside in zip((mean, std, votes), moments.result(), strict=True):
+                field[(..., *window)] = inside
         channels = [
             mean if self.prediction == "mean" else sure,
             bayesian_map(std, dim=1),
@@ -193,6 +207,21 @@ class MCDropoutSliceInferer(Inferer):
         ]
         report(1.0)
         return torch.cat(channels, dim=1), areas.cpu()
+
+    def _window(self, sure: torch.Tensor) -> Window:
+        """The part of the field that the samples see."""
+        if self.region == "heart":
+            return heart_window(sure, self.margin)
+        return slice(0, sure.shape[2]), slice(0, sure.shape[3])
+
+    def _own_samples(self, turn: int) -> range:
+        """Numbers of the samples that see their slice after ``turn`` quarter turns."""
+        return range(turn, self.samples, self.turns)
+
+    def _done(self, turn: int, passes: float) -> float:
+        """Share of the work that is done after so many passes of a turn."""
+        before = sum(1 + len(self._own_samples(earlier)) for earlier in range(turn))
+        return (before + passes) / (self.turns + self.samples)
 
     def _batch(self, passes: FusedNetwork | SequentialNetwork, device: torch.device, share: float = 1.0) -> int:
         """Images for a forward pass; ``share`` of the whole field that an image is."""
@@ -203,9 +232,13 @@ class MCDropoutSliceInferer(Inferer):
         return max(1, int(LARGEST.get(device.type, LARGEST["cuda"]) / (passes.widest * share))) if passes.widest else 1
 
     def _deterministic(
-        self, stack: torch.Tensor, passes: FusedNetwork | SequentialNetwork, report: Callable[[float], None]
+        self,
+        stack: torch.Tensor,
+        passes: FusedNetwork | SequentialNetwork,
+        report: Callable[[float], None],
+        turn: int,
     ) -> torch.Tensor:
-        """Probabilities (D, K, H, W) of the pass without dropout."""
+        """Probabilities (D, K, H, W) of the pass without dropout, of slices after ``turn`` quarter turns."""
         parts: list[torch.Tensor] = []
         done = 0
         while done < len(stack):
@@ -213,59 +246,86 @@ class MCDropoutSliceInferer(Inferer):
             logits = passes.deterministic(stack[positions.start : positions.stop], positions, "whole")
             parts.append(logits.softmax(dim=1))
             done = positions.stop
-            report(done / len(stack) / (self.samples + 1))
+            report(self._done(turn, done / len(stack)))
         return torch.cat(parts).contiguous()
 
     def _sample(
         self,
         stack: torch.Tensor,
         sure: torch.Tensor,
-        window: tuple[slice, slice] | None,
+        window: Window,
         passes: FusedNetwork | SequentialNetwork,
-        moments: Sequence[torch.Tensor],
-        areas: torch.Tensor,
+        moments: "Moments",
         report: Callable[[float], None],
+        turn: int,
     ) -> None:
-        """Put mean, standard deviation and votes of the samples into ``moments``, and add to the areas, in place.
+        """Add the samples of a turn to the moments.
 
-        ``window`` is the part of the field that they see, None for all of it, ``sure`` the probabilities of the pass
-        without dropout.
+        ``stack``, ``sure``, the probabilities of the pass without dropout, and ``window``, the part of the field that
+        counts, are turned.
         """
-        mean, m2, votes = moments
-        crops, share, kind, inner = stack, 1.0, None, False
-        if window is not None:
-            rows, cols = window
+        crops, share, kind, inner, shift, cut = stack, 1.0, None, False, None, ()
+        if window != (slice(0, sure.shape[2]), slice(0, sure.shape[3])):
+            rows, cols = (aligned(w.start, w.stop, size) for w, size in zip(window, sure.shape[2:], strict=True))
+            starts = zip(window, (rows.start, cols.start), strict=True)
+            cut = (..., *(slice(w.start - start, w.stop - start) for w, start in starts))
             kind, inner = "region", passes.border > 0
             p = passes.border
             crops = F.pad(stack, (p, p, p, p))[:, :, rows.start : rows.stop + 2 * p, cols.start : cols.stop + 2 * p]
             share = crops[0].numel() / F.pad(stack[0], (p, p, p, p)).numel()
         batch = self._batch(passes, stack.device, share)
-        shift = None
-        if window is not None and not inner:  # what the border of the region changes without dropout is taken away
+        if kind and not inner:  # what the border of the region changes without dropout is taken away
             parts = [
                 passes.deterministic(crops[positions], positions.tolist(), kind, inner).log_softmax(dim=1)
                 for positions in torch.arange(len(stack)).split(batch)
             ]
-            shift = sure[(..., *window)].clamp_min(torch.finfo(sure.dtype).tiny).log() - torch.cat(parts)
-        group = max(1, batch // self.samples)  # slices
+            shift = sure[..., rows, cols].clamp_min(torch.finfo(sure.dtype).tiny).log() - torch.cat(parts)
+        own = self._own_samples(turn)
+        group = max(1, batch // max(1, len(own)))  # slices
         for start in range(0, len(stack), group):
-            pairs = [(z, t) for z in range(start, min(start + group, len(stack))) for t in range(self.samples)]
+            pairs = [(z, t) for z in range(start, min(start + group, len(stack))) for t in own]
             for first in range(0, len(pairs), batch):
                 part = pairs[first : first + batch]
                 positions = [z for z, _ in part]
                 seeds = [sample_seed(self.seed, z, t) for z, t in part]
-                logits = passes.sample(crops[positions], positions, seeds, kind, inner).contiguous()
-                drawn = (logits if shift is None else logits + shift[positions]).softmax(dim=1)
-                for (z, t), sample, chosen in zip(part, drawn, most_probable(drawn), strict=True):
-                    votes[z] += chosen
-                    areas[z, t] += chosen.sum(dim=(1, 2)).long()
-                    delta = sample - mean[z]
-                    mean[z].add_(delta, alpha=1 / (t + 1))
-                    m2[z].addcmul_(delta, delta, value=t / (t + 1))
-                report((1 + (start * self.samples + first + len(part)) / len(stack)) / (self.samples + 1))
+                logits = passes.sample(crops[positions], positions, seeds, kind, inner)
+                logits = (logits if shift is None else logits + shift[positions])[cut].rot90(-turn, (2, 3))
+                moments.add(part, logits.contiguous().softmax(dim=1))
+                report(self._done(turn, 1 + (start * len(own) + first + len(part)) / len(stack)))
             passes.forget()
-        m2 /= max(self.samples - 1, 1)
-        m2.sqrt_()
+
+
+class Moments:
+    """Mean, spread and votes of the samples of each slice, accumulated (Welford).
+
+    Args:
+        like: probabilities (D, K, H, W) of the part of the field that the samples see.
+        samples: T.
+
+    Attributes:
+        areas: pixels of each class in each sample, (D, T, K).
+    """
+
+    def __init__(self, like: torch.Tensor, samples: int) -> None:
+        self.mean, self.m2, self.votes = (like.new_zeros(like.shape) for _ in range(3))
+        self.areas = torch.zeros(len(like), samples, like.shape[1], dtype=torch.long, device=like.device)
+        self.count = [0] * len(like)
+
+    def add(self, part: Sequence[tuple[int, int]], drawn: torch.Tensor) -> None:
+        """Add the probabilities (B, K, H, W) of samples, given as pairs of slice and number of the sample."""
+        for (z, t), sample, chosen in zip(part, drawn, most_probable(drawn), strict=True):
+            self.votes[z] += chosen
+            self.areas[z, t] += chosen.sum(dim=(1, 2)).long()
+            delta = sample - self.mean[z]
+            self.count[z] += 1
+            self.mean[z].add_(delta, alpha=1 / self.count[z])
+            self.m2[z].addcmul_(delta, delta, value=1 - 1 / self.count[z])
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, standard deviation, with ``T - 1``, and share of votes, in place of the sums."""
+        samples = self.areas.shape[1]
+        self.m2 /= max(samples - 1, 1)
+        return self.mean, self.m2.sqrt_(), self.votes.div_(samples)
 
 
 def most_probable(probabilities: torch.Tensor) -> torch.Tensor:
@@ -283,12 +343,29 @@ def most_probable(probabilities: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
-def heart_window(probabilities: torch.Tensor, margin: int) -> tuple[slice, slice]:
+def aligned(start: int, stop: int, size: int) -> slice:
+    """The smallest range with this one that starts and ends at a multiple of the networks' strides or the field's end.
+
+    There a network's grid lies as in the whole field.
+    """
+    return slice(max(0, start // STRIDE * STRIDE), min(size, -(-stop // STRIDE) * STRIDE))
+
+
+def turned_window(window: Window, shape: Sequence[int], turn: int) -> Window:
+    """Rows and columns of a part of a field (H, W) after quarter turns, as ``rot90`` makes them."""
+    rows, cols = window
+    height, width = shape
+    for _ in range(turn):
+        rows, cols = slice(width - cols.stop, width - cols.start), rows
+        height, width = width, height
+    return rows, cols
+
+
+def heart_window(probabilities: torch.Tensor, margin: int) -> Window:
     """Rows and columns, for all slices, of the heart and a margin; the whole field where nothing is found.
 
     The heart is what is not background with a probability above 0.1, in one piece or in several of which the
-    smallest has at least a tenth of the largest's voxels. The box starts and ends at a multiple of the networks'
-    strides, except at the field's end, so that their grids lie as in the whole field.
+    smallest has at least a tenth of the largest's voxels. The box is :func:`aligned`.
 
     Args:
         probabilities: (D, K, H, W), background first.
@@ -301,7 +378,7 @@ def heart_window(probabilities: torch.Tensor, margin: int) -> tuple[slice, slice
     for axis, size in ((1, pieces.shape[1]), (2, pieces.shape[2])):
         found = np.flatnonzero(heart.any(axis=tuple({0, 1, 2} - {axis})))
         low, high = (found[0] - margin, found[-1] + 1 + margin) if count else (0, size)
-        window.append(slice(max(0, low // STRIDE * STRIDE), min(size, -(-high // STRIDE) * STRIDE)))
+        window.append(aligned(low, high, size))
     return window[0], window[1]
 
 

@@ -4,6 +4,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.networks.nets import BasicUNet, DynUNet, UNet
 from monai.transforms import Compose, Invertd
@@ -19,6 +21,7 @@ from cardiac_qc_plugin.inferers import (
     FailureRegionInferer,
     MCDropoutSliceInferer,
     heart_window,
+    turned_window,
 )
 from cardiac_qc_plugin.networks import BayesianUNet, DilatedCNN, DilatedResNet22, FailureResNet
 from cardiac_qc_plugin.networks.residual import ResidualBlock
@@ -607,6 +610,69 @@ def test_window_around_the_heart():
     assert heart_window(probabilities, 45) == (slice(0, 100), slice(0, 120))
     probabilities[2, 0, 90:98, 50:60] = 0.5  # large enough to be part of it
     assert heart_window(probabilities, 0) == (slice(32, 100), slice(48, 80))
+
+
+# Quarter turns
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["small", "drn", "unet"])
+def test_samples_see_the_slices_turned(name, turns):
+    """Sample t is that of the turned stack, turned back; the deterministic pass is the mean of one of each turn."""
+    torch.manual_seed(1)
+    network = small_network() if name == "small" else NETWORKS[name](dropout=0.3)
+    slices, samples = stack(2, 1, 32, 41), 6
+    turned = [slices.rot90(turn, (2, 3)) for turn in range(turns)]
+    drawn = np.stack(
+        [np.rot90(drawn_by_hand(turned[t % turns], network, t + 1)[t], -(t % turns), (2, 3)) for t in range(samples)]
+    )
+    with torch.no_grad():
+        sure = np.mean([np.rot90(softmax(network(s)), -turn, (2, 3)) for turn, s in enumerate(turned)], axis=0)
+    inferer = MCDropoutSliceInferer(samples=samples, turns=turns, amp=False)
+    result = split(inferer(slices, network))
+    np.testing.assert_allclose(result["probabilities"], np.moveaxis(drawn.mean(axis=0), 1, 0), atol=2e-5)
+    np.testing.assert_allclose(result["bmap"], np.minimum(2 * drawn.std(axis=0, ddof=1), 1).mean(axis=1), atol=2e-5)
+    np.testing.assert_allclose(result["emap"], entropy(sure, axis=1) / np.log(4), atol=2e-5)
+    areas = np.stack([(drawn.argmax(axis=2) == c).sum(axis=(2, 3)) for c in range(4)], axis=2)
+    assert np.abs(np.moveaxis(areas, 0, 1) - inferer.sample_areas.numpy()).max() <= 1
+    sure_only = split(infer(slices, network, samples=samples, turns=turns, prediction="deterministic"))
+    np.testing.assert_allclose(sure_only["probabilities"], np.moveaxis(sure, 1, 0), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_maps_of_four_turns_turn_with_the_stack(name):
+    network, volume = wide_network(name), stack(1, 1, 48, 64, 2)
+    expected = infer(volume, network, samples=0, turns=4).rot90(1, (2, 3))
+    torch.testing.assert_close(infer(volume.rot90(1, (2, 3)), network, samples=0, turns=4), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dn", "drn", "unet"])
+def test_region_with_turns_is_as_close_to_the_whole_field(name, window):
+    """Also where a side is no multiple of the networks' strides, so that a turned box has to begin elsewhere."""
+    network, volume = wide_network(name), stack(1, 1, 71, 101, 2)
+    error = {}
+    for turns in (1, 4):
+        whole, part = (infer(volume, network, region=r, samples=8, turns=turns)[0] for r in ("whole", "heart"))
+        error[turns] = (part - whole)[(slice(0, 5), *window)].abs().mean()
+        outside = torch.ones(71, 101, dtype=torch.bool)
+        outside[window] = False
+        sure = infer(volume, network, samples=0, turns=turns)[0]
+        torch.testing.assert_close(part[:4][:, outside], sure[:4][:, outside])
+    assert error[4] < max(1.2 * error[1], 1e-6)
+
+
+@given(st.data(), st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
+def test_turned_window_holds_the_same_pixels(data, height, width, turn):
+    rows, cols = (slice(*sorted(data.draw(st.tuples(*2 * [st.integers(0, n)])))) for n in (height, width))
+    field = torch.arange(height * width).view(height, width)
+    turned = field.rot90(turn)[turned_window((rows, cols), field.shape, turn)]
+    assert torch.equal(turned, field[rows, cols].rot90(turn))
+
+
+@pytest.mark.parametrize("turns", [0, 5, 2.5])
+def test_other_turns_are_refused(turns):
+    with pytest.raises(ValueError, match=f"turns is 1 to 4, got {turns}"):
+        MCDropoutSliceInferer(turns=turns)
 
 
 # The network is left as it was found
