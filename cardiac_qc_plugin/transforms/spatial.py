@@ -101,8 +101,8 @@ class LoadScand(LoadImaged):
 
     Args:
         keys: files of a case; they become ``MetaTensor``.
-        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file, and
-            axes that run as its do.
+        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file, of
+            the same size, and axes that run as its do.
         allow_missing_keys: leave out files that are not there.
 
     Raises:
@@ -124,8 +124,16 @@ class LoadScand(LoadImaged):
                     f"{path}: shape {shape}, but {like.meta['filename_or_obj']} has {wanted}. Give the {key} of this "
                     "scan, on its own grid."
                 )
-            # the affine of the file: a transform may have turned the image since
-            axes, wanted = ("".join(nib.aff2axcodes(i.meta.get("original_affine", i.affine))) for i in (own, like))
+            # of the file: a transform may have turned the image since
+            affines = [convert_to_numpy(i.meta.get("original_affine", i.affine)) for i in (own, like)]
+            sizes = [np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]
+            if not np.allclose(*sizes, rtol=0.01):  # distances in mm would be wrong
+                size, wanted = (" x ".join(f"{edge:g}" for edge in edges) for edges in sizes)
+                raise ValueError(
+                    f"{path}: voxels of {size} mm, but {like.meta['filename_or_obj']} has {wanted} mm. Give the {key} "
+                    "of this scan, on its own grid; if its voxels are in the image's order, give it the image's affine."
+                )
+            axes, wanted = ("".join(nib.aff2axcodes(affine)) for affine in affines)
             if axes != wanted:
                 raise ValueError(
                     f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the image's "
