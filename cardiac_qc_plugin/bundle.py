@@ -179,7 +179,7 @@ class SegmentWithBundled(Transform):
     read from a file.
 
     Raises:
-        ValueError: if only one of the two is there.
+        ValueError: if only one of the two is there, or neither and no bundle to make them.
     """
 
     def __init__(
@@ -201,6 +201,11 @@ class SegmentWithBundled(Transform):
         if present:
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
+            if not (Path(self.folder) / "configs" / "inference.json").is_file():
+                raise ValueError(
+                    f"{self.folder}: no bundle there to segment {path} with. Put it there, or name another folder "
+                    "(segmentation_bundle); or give segmentations and maps (predictions_dir)."
+                )
             samples = self.samples if self.map == "bmap" else 0  # the e-map needs none
             self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=samples, **self.settings)
         result = self.predictor({"image": path})
