@@ -12,9 +12,12 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor, NibabelWriter
 from monai.transforms import Flip, InvertibleTransform, LoadImage, LoadImaged, MapTransform, Spacingd, Transform
-from monai.utils import TraceKeys, convert_to_numpy
+from monai.utils import TraceKeys, convert_to_dst_type, convert_to_numpy
+
+from cardiac_qc_plugin.metrics.segmentation import check_labels
 
 __all__ = [
+    "CheckLabeld",
     "CheckScan",
     "CheckScand",
     "InPlaneSpacingd",
@@ -195,6 +198,22 @@ class CheckScand(MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         check = CheckScan()
         return {**data, **{key: check(data[key]) for key in self.key_iterator(data)}}
+
+
+class CheckLabeld(MapTransform):
+    """Refuse label maps ``(1, H, W, D)`` with other values than 0 to 3; a file with a scale gives 1.00000002 for 1.
+
+    Raises:
+        ValueError: if there are other values; the message names the file.
+    """
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            name = str(d[key].meta.get("filename_or_obj", key))
+            labels = check_labels(convert_to_numpy(d[key])[0], name)
+            d[key] = convert_to_dst_type(labels[None], d[key])[0]
+        return d
 
 
 def says_how_it_lies(codes: Mapping[str, Any]) -> bool:

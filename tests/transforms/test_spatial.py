@@ -10,7 +10,15 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, SaveImage
 from scipy.spatial.transform import Rotation
 
-from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
+from cardiac_qc_plugin.transforms import (
+    CheckLabeld,
+    CheckScan,
+    CheckScand,
+    InPlaneSpacingd,
+    LoadScand,
+    SeenFromApexd,
+    StackWriter,
+)
 from cardiac_qc_plugin.transforms.spatial import check_spacing, seen_from_base, spacing_of
 from cardiac_qc_plugin.workflows.files import read_volume
 
@@ -114,6 +122,15 @@ def test_file_on_another_grid_is_named(tmp_path):
     read = Compose([LoadScand("image"), EnsureChannelFirstd("image"), InPlaneSpacingd("image", 1.0)])
     with pytest.raises(ValueError, match="Give the label of this scan"):  # the image's own grid, not the network's
         LoadScand("label", like="image")({**read({"image": paths["image"]}), "label": paths["label"]})
+
+
+def test_labels_are_whole_and_known():
+    labels = image(np.float32([0, 1, 2.0000002, 3]).reshape(1, 2, 2, 1))
+    checked = CheckLabeld("label")({"label": labels})["label"]
+    assert checked.dtype == torch.float32 and checked.flatten().tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(checked.affine, labels.affine)
+    with pytest.raises(ValueError, match=r"folder/scan7\.nii\.gz has the values \[4\.0\]"):
+        CheckLabeld("label")({"label": labels + labels.eq(3)})
 
 
 def test_spacing_of_an_oblique_scan():
