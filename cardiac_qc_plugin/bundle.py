@@ -54,6 +54,12 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def check_samples(map: str, samples: int) -> None:
+    """Raise ValueError for a b-map of fewer than two samples: it would be 0 everywhere."""
+    if map == "bmap" and samples < 2:
+        raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
+
+
 def one_at_a_time() -> Callable[[Callable[[], Any]], Any]:
     """A function that calls what it is given, for one thread at a time."""
     free = threading.Lock()
@@ -179,7 +185,8 @@ class SegmentWithBundled(Transform):
     read from a file.
 
     Raises:
-        ValueError: if only one of the two is there, or neither and no bundle to make them.
+        ValueError: if only one of the two is there; if neither is, and no bundle to make them; or for a b-map of fewer
+            than two samples.
     """
 
     def __init__(
@@ -201,6 +208,7 @@ class SegmentWithBundled(Transform):
         if present:
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
+            check_samples(self.map, self.samples)
             if not (Path(self.folder) / "configs" / "inference.json").is_file():
                 raise ValueError(
                     f"{self.folder}: no bundle there to segment {path} with. Put it there, or name another folder "
@@ -252,8 +260,7 @@ def load_models(
     Raises:
         ValueError: as :func:`load_segmenter`; for a b-map of fewer than two samples; if there is no such detector.
     """
-    if map == "bmap" and samples < 2:
-        raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
+    check_samples(map, samples)
     return load_segmenter(model, map, samples, device, root), load_detector(model, map, device, root, threshold)
 
 

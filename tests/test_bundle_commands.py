@@ -261,6 +261,8 @@ def test_wrong_weights_and_versions_get_one_line(data, tmp_path):
     write_json(tmp_path / "configs" / "metadata.json", metadata)
     message = refusal(DRN, "infer", bundle_root=str(tmp_path), **scans)
     assert "the bundle needs cardiac-qc-plugin 9.1.0, and" in message
+    message = refusal(FAILURE, "infer", samples=1, **scans)  # the detector would see a map of zeros
+    assert "The b-map needs 2 samples or more, got 1." in message
     message = refusal(FAILURE, "infer", segmentation_bundle=str(tmp_path / "none"), **scans)
     assert f"{tmp_path / 'none'}: no bundle there to segment " in message and "predictions_dir" in message
 
