@@ -23,6 +23,7 @@ from monai.data import MetaTensor
 
 from cardiac_qc_plugin.bundle import NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
+from cardiac_qc_plugin.data import PatchAugmentation
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.networks import FailureResNet
@@ -126,6 +127,12 @@ def test_training_and_inference_agree(bundle):
     for step in inferred:  # it may segment first, where training reads what was segmented before
         used = {k: v for k, v in step.items() if k not in ("keys", "allow_missing_keys")}
         assert used.items() <= settings.get(step["_target_"], used).items()
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_whole_augmentation_is_in_the_configuration(bundle):
+    augmentation = config(bundle, "train")["train"]["augmentation"]
+    assert augmentation.keys() - {"_target_"} == PatchAugmentation.__dataclass_fields__.keys()
 
 
 def test_segmentation_bundles_differ_in_network_and_regime_only():
