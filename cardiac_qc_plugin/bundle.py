@@ -54,6 +54,12 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def check_samples(map: str, samples: int) -> None:
+    """Raise ValueError for a b-map of fewer than two samples: it would be 0 everywhere."""
+    if map == "bmap" and samples < 2:
+        raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
+
+
 def one_at_a_time() -> Callable[[Callable[[], Any]], Any]:
     """A function that calls what it is given, for one thread at a time."""
     free = threading.Lock()
@@ -179,7 +185,8 @@ class SegmentWithBundled(Transform):
     read from a file.
 
     Raises:
-        ValueError: if only one of the two is there.
+        ValueError: if only one of the two is there; if neither is, and no bundle to make them; or for a b-map of fewer
+            than two samples.
     """
 
     def __init__(
@@ -201,6 +208,12 @@ class SegmentWithBundled(Transform):
         if present:
             raise ValueError(f"{path}: there is a {present[0]} only. Give segmentation and uncertainty, or neither.")
         if self.predictor is None:
+            check_samples(self.map, self.samples)
+            if not (Path(self.folder) / "configs" / "inference.json").is_file():
+                raise ValueError(
+                    f"{self.folder}: no bundle there to segment {path} with. Put it there, or name another folder "
+                    "(segmentation_bundle); or give segmentations and maps (predictions_dir)."
+                )
             samples = self.samples if self.map == "bmap" else 0  # the e-map needs none
             self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=samples, **self.settings)
         result = self.predictor({"image": path})
@@ -247,8 +260,7 @@ def load_models(
     Raises:
         ValueError: as :func:`load_segmenter`; for a b-map of fewer than two samples; if there is no such detector.
     """
-    if map == "bmap" and samples < 2:
-        raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
+    check_samples(map, samples)
     return load_segmenter(model, map, samples, device, root), load_detector(model, map, device, root, threshold)
 
 

@@ -261,6 +261,23 @@ def test_wrong_weights_and_versions_get_one_line(data, tmp_path):
     write_json(tmp_path / "configs" / "metadata.json", metadata)
     message = refusal(DRN, "infer", bundle_root=str(tmp_path), **scans)
     assert "the bundle needs cardiac-qc-plugin 9.1.0, and" in message
+    message = refusal(FAILURE, "infer", samples=1, **scans)  # the detector would see a map of zeros
+    assert "The b-map needs 2 samples or more, got 1." in message
+    message = refusal(FAILURE, "infer", segmentation_bundle=str(tmp_path / "none"), **scans)
+    assert f"{tmp_path / 'none'}: no bundle there to segment " in message and "predictions_dir" in message
+
+
+@pytest.mark.parametrize("bundle", [DN, FAILURE])
+def test_other_labels_are_named_in_an_evaluation(bundle, acdc_like, tmp_path):
+    """They were refused in a training only."""
+    shutil.copytree(acdc_like / "data", tmp_path / "data")
+    for path in (tmp_path / "data").rglob("*_gt.nii.gz"):
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image((label.get_fdata() * 85).astype(np.uint8), label.affine, label.header), path)
+    data = {"dataset_dir": str(tmp_path / "data"), "data_list_file_path": str(acdc_like / "folds.json")}
+    own = {"predictions_dir": str(acdc_like / "predictions")} if bundle == FAILURE else {"samples": 0}
+    message = refusal(bundle, "train", "evaluate.yaml", output_dir=str(tmp_path), **data, **own)
+    assert re.search(r"_gt\.nii\.gz has the values \[85\.0, 170\.0, 255\.0\]; labels are 0 background, 1 RV", message)
 
 
 def test_scan_with_channels_is_refused_on_the_command_line(tmp_path):

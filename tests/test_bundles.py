@@ -23,6 +23,7 @@ from monai.data import MetaTensor
 
 from cardiac_qc_plugin.bundle import NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
+from cardiac_qc_plugin.data import PatchAugmentation
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.networks import FailureResNet
@@ -126,6 +127,12 @@ def test_training_and_inference_agree(bundle):
     for step in inferred:  # it may segment first, where training reads what was segmented before
         used = {k: v for k, v in step.items() if k not in ("keys", "allow_missing_keys")}
         assert used.items() <= settings.get(step["_target_"], used).items()
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_whole_augmentation_is_in_the_configuration(bundle):
+    augmentation = config(bundle, "train")["train"]["augmentation"]
+    assert augmentation.keys() - {"_target_"} == PatchAugmentation.__dataclass_fields__.keys()
 
 
 def test_segmentation_bundles_differ_in_network_and_regime_only():
@@ -507,16 +514,20 @@ def test_command_line_runs_inference(acdc_like, tmp_path):
 
 
 def test_failure_bundle_stands_alone(acdc_like, tmp_path):
-    """Given images only it segments them first, and finds the same regions as from the files of that segmentation."""
+    """Given images only it segments them first, and finds the same regions as from the files of that segmentation.
+
+    The files have the names that the pipeline gives them, or those of the segmentation bundle.
+    """
     segmenter = ROOT / "bundles" / "cardiac_drn_segmentation"
     bundle = ROOT / "bundles" / "cardiac_segmentation_failure"
     scans = acdc_like / "data" / "patient001"
     segmented = BundlePredictor(segmenter, map="emap")
     for image in scans.glob("*_frame??.nii.gz"):
         result, scan = segmented({"image": str(image)}), read_volume(image)
-        folder = tmp_path / "predictions" / image.name.removesuffix(".nii.gz")
-        write_like(folder / "segmentation.nii.gz", np.asarray(result["pred"])[0].astype(np.uint8), scan)
-        write_like(folder / "entropy.nii.gz", np.asarray(result["emap"])[0].astype(np.float32), scan)
+        name = image.name.removesuffix(".nii.gz")
+        folder, before = tmp_path / "predictions" / name, f"{name}_" if "frame01" in name else ""
+        write_like(folder / f"{before}segmentation.nii.gz", np.asarray(result["pred"])[0].astype(np.uint8), scan)
+        write_like(folder / f"{before}entropy.nii.gz", np.asarray(result["emap"])[0].astype(np.float32), scan)
     common = {"bundle_root": str(bundle), "dataset_dir": str(scans), "map": "emap"}
     for name, settings in {"alone": {}, "given": {"predictions_dir": str(tmp_path / "predictions")}}.items():
         workflow = ConfigWorkflow(

@@ -136,8 +136,8 @@ def with_predictions(
 
     Args:
         items: datalist items with ``image``.
-        predictions_dir: output folder of a segmentation run over these images, or several that have them between them
-            (the folds of a cross-validation).
+        predictions_dir: output folder of the pipeline's or a segmentation bundle's run over these images, or several
+            that have them between them (the folds of a cross-validation).
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
         model: the network that segmented the images, ``"drn"`` for ``cardiac_drn_segmentation``.
 
@@ -156,7 +156,8 @@ def with_predictions(
         folder = next((folder for folder in folders if folder.is_dir()), folders[0])
         if (first := taken.setdefault(folder, image)) != image:
             raise ValueError(f"{folder}: of {first} or {image}? Give predictions that `segment` made of these images.")
-        files = {"segmentation": folder / SEGMENTATION_FILE, "uncertainty": folder / MAP_FILES[map]}
+        names = {"segmentation": SEGMENTATION_FILE, "uncertainty": MAP_FILES[map]}
+        files = {key: _result(folder, case_name(image), name) for key, name in names.items()}
         for path in files.values():
             if not path.is_file():
                 raise ValueError(
@@ -166,6 +167,12 @@ def with_predictions(
         check_made_for(folder / "qc.json", map, model)
         result.append({**item, **{key: str(path) for key, path in files.items()}})
     return result
+
+
+def _result(folder: Path, case: str, name: str) -> Path:
+    """A file in a case's folder; a bundle writes the case's name before it."""
+    path, of_bundle = folder / name, folder / f"{case}_{name}"
+    return of_bundle if of_bundle.is_file() and not path.is_file() else path
 
 
 def check_made_for(record: Path, map: str, model: str) -> None:

@@ -15,7 +15,7 @@ from .regions import (
     region_labels,
     uncrop_slice,
 )
-from .spatial import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
+from .spatial import CheckLabeld, CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
 from .uncertainty import (
     BayesianMap,
     BayesianMapd,
@@ -31,6 +31,7 @@ from .uncertainty import (
 __all__ = [
     "BayesianMap",
     "BayesianMapd",
+    "CheckLabeld",
     "CheckScan",
     "CheckScand",
     "EditReport",

@@ -12,9 +12,12 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor, NibabelWriter
 from monai.transforms import Flip, InvertibleTransform, LoadImage, LoadImaged, MapTransform, Spacingd, Transform
-from monai.utils import TraceKeys, convert_to_numpy
+from monai.utils import TraceKeys, convert_to_dst_type, convert_to_numpy
+
+from cardiac_qc_plugin.metrics.segmentation import check_labels
 
 __all__ = [
+    "CheckLabeld",
     "CheckScan",
     "CheckScand",
     "InPlaneSpacingd",
@@ -101,8 +104,8 @@ class LoadScand(LoadImaged):
 
     Args:
         keys: files of a case; they become ``MetaTensor``.
-        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file, and
-            axes that run as its do.
+        like: one of the keys, or an image that was read before: all files have to have as many voxels as its file, of
+            the same size, and axes that run as its do.
         allow_missing_keys: leave out files that are not there.
 
     Raises:
@@ -124,8 +127,16 @@ class LoadScand(LoadImaged):
                     f"{path}: shape {shape}, but {like.meta['filename_or_obj']} has {wanted}. Give the {key} of this "
                     "scan, on its own grid."
                 )
-            # the affine of the file: a transform may have turned the image since
-            axes, wanted = ("".join(nib.aff2axcodes(i.meta.get("original_affine", i.affine))) for i in (own, like))
+            # of the file: a transform may have turned the image since
+            affines = [convert_to_numpy(i.meta.get("original_affine", i.affine)) for i in (own, like)]
+            sizes = [np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]
+            if not np.allclose(*sizes, rtol=0.01):  # distances in mm would be wrong
+                size, wanted = (" x ".join(f"{edge:g}" for edge in edges) for edges in sizes)
+                raise ValueError(
+                    f"{path}: voxels of {size} mm, but {like.meta['filename_or_obj']} has {wanted} mm. Give the {key} "
+                    "of this scan, on its own grid; if its voxels are in the image's order, give it the image's affine."
+                )
+            axes, wanted = ("".join(nib.aff2axcodes(affine)) for affine in affines)
             if axes != wanted:
                 raise ValueError(
                     f"{path}: its axes run otherwise than the image's ({axes}, not {wanted}). Save it on the image's "
@@ -187,6 +198,22 @@ class CheckScand(MapTransform):
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         check = CheckScan()
         return {**data, **{key: check(data[key]) for key in self.key_iterator(data)}}
+
+
+class CheckLabeld(MapTransform):
+    """Refuse label maps ``(1, H, W, D)`` with other values than 0 to 3; a file with a scale gives 1.00000002 for 1.
+
+    Raises:
+        ValueError: if there are other values; the message names the file.
+    """
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            name = str(d[key].meta.get("filename_or_obj", key))
+            labels = check_labels(convert_to_numpy(d[key])[0], name)
+            d[key] = convert_to_dst_type(labels[None], d[key])[0]
+        return d
 
 
 def says_how_it_lies(codes: Mapping[str, Any]) -> bool:

@@ -10,7 +10,15 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, SaveImage
 from scipy.spatial.transform import Rotation
 
-from cardiac_qc_plugin.transforms import CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
+from cardiac_qc_plugin.transforms import (
+    CheckLabeld,
+    CheckScan,
+    CheckScand,
+    InPlaneSpacingd,
+    LoadScand,
+    SeenFromApexd,
+    StackWriter,
+)
 from cardiac_qc_plugin.transforms.spatial import check_spacing, seen_from_base, spacing_of
 from cardiac_qc_plugin.workflows.files import read_volume
 
@@ -100,7 +108,7 @@ def test_no_damaged_bit_passes(tmp_path):
     assert wrong > 10
 
 
-def test_file_of_another_shape_is_named(tmp_path):
+def test_file_on_another_grid_is_named(tmp_path):
     paths = {"image": write(tmp_path / "a.nii.gz"), "label": write(tmp_path / "b.nii.gz", shape=(20, 22, 4))}
     with pytest.raises(ValueError, match=r"b\.nii\.gz: shape \(20, 22, 4\), but .*a\.nii\.gz has \(20, 22, 5\)"):
         LoadScand(["image", "label"], like="image")(paths)
@@ -108,9 +116,21 @@ def test_file_of_another_shape_is_named(tmp_path):
     nib.save(turned, tmp_path / "c.nii.gz")
     with pytest.raises(ValueError, match=r"c\.nii\.gz: its axes run otherwise than the image's \(RAS, not LPS\)"):
         LoadScand(["image", "label"], like="image")({**paths, "label": str(tmp_path / "c.nii.gz")})
+    nib.save(nib.Nifti1Image(nib.load(paths["image"]).get_fdata(), np.diag([-1, -1, 1, 1])), tmp_path / "d.nii.gz")
+    with pytest.raises(ValueError, match=r"d\.nii\.gz: voxels of 1 x 1 x 1 mm, but .*a\.nii\.gz has"):
+        LoadScand(["image", "label"], like="image")({**paths, "label": str(tmp_path / "d.nii.gz")})
     read = Compose([LoadScand("image"), EnsureChannelFirstd("image"), InPlaneSpacingd("image", 1.0)])
     with pytest.raises(ValueError, match="Give the label of this scan"):  # the image's own grid, not the network's
         LoadScand("label", like="image")({**read({"image": paths["image"]}), "label": paths["label"]})
+
+
+def test_labels_are_whole_and_known():
+    labels = image(np.float32([0, 1, 2.0000002, 3]).reshape(1, 2, 2, 1))
+    checked = CheckLabeld("label")({"label": labels})["label"]
+    assert checked.dtype == torch.float32 and checked.flatten().tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(checked.affine, labels.affine)
+    with pytest.raises(ValueError, match=r"folder/scan7\.nii\.gz has the values \[4\.0\]"):
+        CheckLabeld("label")({"label": labels + labels.eq(3)})
 
 
 def test_spacing_of_an_oblique_scan():
