@@ -221,7 +221,7 @@ class SegmentWithBundled(Transform):
 
 
 def load_segmenter(
-    model: str, map: str, samples: int, device: str = "auto", root: str | Path | None = None
+    model: str, map: str, samples: int, device: str = "auto", root: str | Path | None = None, turns: int = 1
 ) -> BundlePredictor:
     """The segmentation bundle of a network.
 
@@ -231,6 +231,7 @@ def load_segmenter(
         samples: Monte Carlo samples T.
         device: see :class:`BundlePredictor`.
         root: folder of the bundles.
+        turns: quarter turns in which slices are seen, 1 to 4.
 
     Raises:
         ValueError: for an unknown network or map, or a bundle that is missing or has no weights.
@@ -239,7 +240,8 @@ def load_segmenter(
         raise ValueError(f"The model is dn, drn or unet, got '{model}'.")
     if map not in MAP_FILES:
         raise ValueError(f"The map is bmap or emap, got '{map}'.")
-    return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, map=map, samples=samples)
+    settings = {"map": map, "samples": samples} | ({} if turns == 1 else {"turns": turns})  # which not all bundles have
+    return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, **settings)
 
 
 def load_models(
@@ -249,6 +251,7 @@ def load_models(
     device: str = "auto",
     root: str | Path | None = None,
     threshold: float | None = None,
+    turns: int = 1,
 ) -> tuple[BundlePredictor, BundlePredictor]:
     """The segmentation bundle of a network, and the failure bundle with the detector for this network and map.
 
@@ -261,7 +264,7 @@ def load_models(
         ValueError: as :func:`load_segmenter`; for a b-map of fewer than two samples; if there is no such detector.
     """
     check_samples(map, samples)
-    return load_segmenter(model, map, samples, device, root), load_detector(model, map, device, root, threshold)
+    return load_segmenter(model, map, samples, device, root, turns), load_detector(model, map, device, root, threshold)
 
 
 def find_detectors(folder: Path) -> list[tuple[str, str]]:

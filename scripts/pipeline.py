@@ -122,6 +122,7 @@ def run(
     model: str = "drn",
     map: str = "bmap",
     samples: int = 10,
+    turns: int = 1,
     sample_phases: str = "all",
     ed: int | None = None,
     es: int | None = None,
@@ -152,6 +153,8 @@ def run(
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
         samples: Monte Carlo samples T.
+        turns: quarter turns in which slices are seen, 1 to 4: with 4 each sample, and each of four passes without
+            dropout, sees another (test-time augmentation).
         sample_phases: phases of a cine that are sampled for the b-map: all, or ed_es. With ed_es the others have the
             e-map, and end-diastole and end-systole are found with it; about T times faster.
         ed: phase of end-diastole in all cines, numbered from 0 as in the results; by default it is taken from ACDC's
@@ -182,7 +185,8 @@ def run(
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     promise = {"catch": catch, "regions_per_patient": regions_per_patient, "calibration": calibration}
-    load = partial(load_predictors, model, map, samples, sample_phases, root=bundle_dir, threshold=threshold, **promise)
+    settings = {"root": bundle_dir, "threshold": threshold, "turns": turns, **promise}
+    load = partial(load_predictors, model, map, samples, sample_phases, **settings)
     own = {"address": address, "workers": workers, "worker_cpus": worker_cpus, "worker_gpus": worker_gpus}
     if _on_ray(engine, run, **own, retries=retries):
         from cardiac_qc_plugin.workflows.cohort.engine import CohortWorker, run_cohort
@@ -215,6 +219,7 @@ def segment(
     model: str = "drn",
     map: str = "bmap",
     samples: int = 10,
+    turns: int = 1,
     device: str = "auto",
     root: str | None = None,
     fold: int | None = None,
@@ -230,6 +235,7 @@ def segment(
         model: segmentation network: dn, drn or unet.
         map: what the segmentation has to go with: bmap (mean of the samples) or emap (deterministic pass).
         samples: Monte Carlo samples T.
+        turns: as for run.
         device: auto, cpu, cuda, cuda:1, ...
         root: folder that the paths in a datalist or manifest are relative to; its own folder by default.
         fold: only this fold of a datalist or manifest.
@@ -242,7 +248,7 @@ def segment(
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
     inputs = _gather(input, output, root, fold, series, name_by)
-    segmenter = load_segmenter(model, map, samples, device, bundle_dir)
+    segmenter = load_segmenter(model, map, samples, device, bundle_dir, turns)
     cases = run_workflow(inputs.scans, str(output), segmenter, None, inputs.failures)
     print(f"{len(cases)} scan(s) segmented in {output}.")
 

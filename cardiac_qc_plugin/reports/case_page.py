@@ -151,6 +151,7 @@ def case_settings(qc: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         ("Failure detection", _bundle(detection)),
         ("Uncertainty map", MAP_NAMES[detection["map"]]),
         ("Monte Carlo samples", f"{segmentation['samples']} (seed {segmentation['seed']})"),
+        *([("Quarter turns", str(turns))] if (turns := segmentation.get("turns", 1)) > 1 else []),
         ("Region", f"{detection['region_size']} × {detection['region_size']} pixels"),
         ("Operating point", f"flagged from probability {detection['threshold']:.3g}"),
         *([("Promise", promised(qc["promise"]))] if qc.get("promise") else []),

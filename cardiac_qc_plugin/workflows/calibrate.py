@@ -32,6 +32,7 @@ from cardiac_qc_plugin.workflows.references import (
 
 __all__ = ["Calibration", "Promise", "calibrate", "promised_threshold", "read_calibration"]
 
+MADE_BY = ("model", "map", "samples", "turns", "weights_sha256")  # what a promise depends on
 # fixed beforehand, as the promise needs it; even in log-odds, where the detector's probabilities crowd at both ends
 THRESHOLDS = (0.0, *(1 / (1 + np.exp(-np.linspace(-6, 8, 281)))).round(6).tolist(), 1.0)
 WITHIN_BUDGET = 0.9  # share of patients that `regions_per_patient` is kept for
@@ -85,6 +86,7 @@ class Calibration:
         failure_voxels: of each patient, inside and outside of the detector's grid, (n,).
         caught_voxels: those in flagged regions, (n, K).
         regions: flagged regions, (n, K).
+        turns: quarter turns in which slices were seen.
     """
 
     model: str
@@ -98,6 +100,7 @@ class Calibration:
     failure_voxels: np.ndarray
     caught_voxels: np.ndarray
     regions: np.ndarray
+    turns: int = 1
 
     @property
     def caught(self) -> np.ndarray:
@@ -291,7 +294,9 @@ def read_patients(
         raise ValueError(f"{folder}: none of its {len(failures)} cases could be read:\n{listed}")
     first, (_, made, _) = next(iter(cases.items()))
     if other := [case for case, (_, own, _) in cases.items() if own != made]:
-        raise ValueError(f"{folder}: {other[0]} was made by other weights, map or samples than {first}. Run it again.")
+        raise ValueError(
+            f"{folder}: {other[0]} was made by other weights, map, samples or turns than {first}. Run it again."
+        )
     volumes: dict[str, list[VolumeDetection]] = {}
     for patient, _, volume in cases.values():
         volumes.setdefault(patient, []).append(volume)
@@ -302,7 +307,7 @@ def read_patients(
             f"{folder}: {few} has {sizes[few]} scan(s), others have {max(sizes.values())}. A promise is for patients "
             "that are alike: give the same phases of each."
         )
-    settings = dict(zip(("model", "map", "samples", "weights_sha256"), made, strict=True))
+    settings = dict(zip(MADE_BY, made, strict=True))
     return Calibration(
         **settings | {"weights_sha256": dict(settings["weights_sha256"])},
         criterion=criterion,
@@ -316,10 +321,11 @@ def read_patients(
 
 
 def made_by(record: Mapping[str, Any]) -> tuple:
-    """Network, map, Monte Carlo samples (None where they do not matter) and weights behind a case's ``qc.json``."""
+    """What `MADE_BY` names, behind a case's ``qc.json``; no samples where they do not matter."""
     stages = record["segmentation"], record["detection"]
     map, weights = stages[1]["map"], tuple((stage["bundle"], stage["weights_sha256"]) for stage in stages)
-    return short_name(stages[0]["bundle"]), map, stages[0]["samples"] if map == "bmap" else None, weights
+    samples = stages[0]["samples"] if map == "bmap" else None
+    return short_name(stages[0]["bundle"]), map, samples, stages[0].get("turns", 1), weights
 
 
 def short_name(bundle: str) -> str:
@@ -344,7 +350,7 @@ def check_same(first: Calibration, other: Calibration, name: str) -> None:
     Raises:
         ValueError: the message says in what they differ.
     """
-    for key in ("model", "map", "samples", "weights_sha256"):
+    for key in MADE_BY:
         expected, found = getattr(first, key), getattr(other, key)
         if expected != found:
             raise ValueError(f"{name}: its {key} is {found}, but the calibration is for {expected}.")
@@ -421,7 +427,7 @@ def load_calibration(segmenter: BundlePredictor, detector: BundlePredictor, path
     """The calibration of a detector: a file, or the one beside its weights.
 
     Raises:
-        ValueError: if there is none, or it is for other weights, another map or other samples.
+        ValueError: if there is none, or it is for other weights, another map, or other samples or turns.
     """
     if path is None:
         weights = Path(detector.config.get_parsed_content("ckpt_path"))
@@ -432,6 +438,7 @@ def load_calibration(segmenter: BundlePredictor, detector: BundlePredictor, path
         "model": short_name(segmenter.name),
         "map": map,
         "samples": segmenter.config["samples"] if map == "bmap" else None,
+        "turns": segmenter.config.get("turns", 1),
         "weights_sha256": {bundle.name: bundle.weights_sha256 for bundle in (segmenter, detector)},
     }
     for key, value in expected.items():

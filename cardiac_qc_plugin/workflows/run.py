@@ -83,6 +83,7 @@ def load_predictors(
     catch: float | None = None,
     regions_per_patient: float | None = None,
     calibration: str | Path | None = None,
+    turns: int = 1,
 ) -> tuple[Predictors, Predictors | None]:
     """The bundles of a run, and those for the phases that are not sampled.
 
@@ -97,7 +98,7 @@ def load_predictors(
     """
     if sample_phases not in ("all", "ed_es"):
         raise ValueError(f"--sample_phases is all or ed_es, got '{sample_phases}'.")
-    models = load_models(model, map, samples, device, root, threshold)
+    models = load_models(model, map, samples, device, root, threshold, turns)
     _, promise = promised_threshold(*models, catch, regions_per_patient, calibration)
     if promise is not None:
         if threshold is not None:
@@ -107,7 +108,9 @@ def load_predictors(
         models = models[0], load_detector(model, map, device, root, promise.threshold)
         models[1].promise = asdict(promise)
     preview = (
-        load_models(model, "emap", 0, device, root, threshold) if map == "bmap" and sample_phases == "ed_es" else None
+        load_models(model, "emap", 0, device, root, threshold, turns)
+        if map == "bmap" and sample_phases == "ed_es"
+        else None
     )
     return models, preview
 
@@ -134,6 +137,7 @@ def segment(scan: Scan, folder: Path, image: Path, volume: Volume, bundle: Bundl
     return {
         "map": bundle.config["map"],
         "samples": bundle.config["samples"],
+        "turns": bundle.config.get("turns", 1),
         "seed": bundle.config["seed"],
         "precision": bundle.inferer.precision,
         **result["result"],

@@ -28,7 +28,7 @@ COLUMNS = {
     **dict.fromkeys(("rows", "columns", "slices"), INTEGER),
     **dict.fromkeys(("spacing_row_mm", "spacing_column_mm", "spacing_slice_mm"), NUMBER),
     "map": TEXT,
-    **dict.fromkeys(("samples", "seed"), INTEGER),
+    **dict.fromkeys(("samples", "turns", "seed"), INTEGER),
     **dict.fromkeys((f"{name}_volume_ml" for name in STRUCTURES), NUMBER),
     **dict.fromkeys((f"{name}_pairwise_dice" for name in STRUCTURES), NUMBER),
     **dict.fromkeys(("regions_flagged", "slices_flagged", "slices_implausible"), INTEGER),
@@ -66,6 +66,7 @@ def case_row(qc: Mapping[str, Any]) -> dict[str, Any]:
     row |= dict(zip(("rows", "columns", "slices"), source["shape"], strict=True))
     row |= dict(zip(("spacing_row_mm", "spacing_column_mm", "spacing_slice_mm"), source["spacing_mm"], strict=True))
     row |= {name: segmentation[name] for name in ("map", "samples", "seed")}
+    row["turns"] = segmentation.get("turns", 1)
     row |= {f"{name}_volume_ml": ml for name, ml in segmentation["volume_ml"].items()}
     row |= {f"{name}_pairwise_dice": value for name, value in segmentation["pairwise_dice"].items()}
     if "plausibility" in segmentation:

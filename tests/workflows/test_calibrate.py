@@ -321,6 +321,9 @@ def test_promises_that_run_refuses(bundles, tmp_path, run_command):
     assert promised_threshold(*other) == (None, None)  # no curve, and no complaint: nobody asked
     with pytest.raises(ValueError, match="made for the samples 2, but this run has 3"):
         promised_threshold(*other, catch=0.9)
+    turned = load_models("dn", "bmap", 2, "cpu", root, turns=4)
+    with pytest.raises(ValueError, match="made for the turns 1, but this run has 4"):
+        promised_threshold(*turned, catch=0.9)
     path = tmp_path / "other.json"
     calibration.write(path)
     edit(path, lambda record: record["weights_sha256"].update(cardiac_segmentation_failure="0"))
@@ -338,7 +341,7 @@ def test_samples_matter_to_the_b_map_only():
     name_weights(record)
     for name, samples in (("bmap", 10), ("emap", None)):
         record["detection"]["map"] = name
-        assert made_by(record)[:3] == ("dn", name, samples)
+        assert made_by(record)[:4] == ("dn", name, samples, 1)
 
 
 def test_a_check_that_cannot_be_done_writes_nothing(cohort, tmp_path):

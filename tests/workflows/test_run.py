@@ -412,10 +412,22 @@ def test_command_line(bundles, tmp_path, command):
         (("--model", "unet"), "no MONAI bundle there"),
         (("--model", "dn", "--samples", 1), "2 samples or more"),
         (("--model", "dn", "--device", "gpu"), "device"),
+        (("--model", "dn", "--turns", 5), "turns is 1 to 4, got 5"),
     ):
         arguments = ("--input", tmp_path / "acdc", "--output", tmp_path / "out", "--bundle_dir", bundles)
         failed = command("run", *arguments, *settings_)
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
+    for turns in (1, 4):
+        done = command("run", tmp_path / "acdc/patient001", tmp_path / f"turns{turns}", *settings, "--turns", turns)
+        assert done.returncode == 0, done.stderr
+    maps = [
+        nib.load(tmp_path / f"turns{turns}" / "patient001_frame01" / "entropy.nii.gz").get_fdata() for turns in (1, 4)
+    ]
+    assert not np.allclose(*maps)
+    qc = json.loads((tmp_path / "turns4" / "patient001_frame01" / "qc.json").read_text())
+    assert qc["segmentation"]["turns"] == 4
+    pages = ["".join(p.read_text() for p in (tmp_path / f"turns{turns}").rglob("*.html")) for turns in (1, 4)]
+    assert ["Quarter turns" in page for page in pages] == [False, True]
     done = command("run", "--input", tmp_path / "nothing", "--output", tmp_path / "out", *settings)
     assert done.returncode == 1 and "no such file or folder" in done.stderr
 
