@@ -648,14 +648,17 @@ def reproduce(
 
 
 def _check_options(commands: dict, arguments: list[str]) -> None:
-    """Refuse an option that the command does not have: Fire would look only after it has run the command."""
+    """Refuse an option that the command does not have, or that lacks its value.
+
+    Fire would look for the first only after it has run the command, and takes the second for True: a folder's name.
+    """
     command = arguments[0] if arguments else ""
     if command not in commands:
         return
     names = inspect.signature(commands[command]).parameters
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values()):  # settings of the bundles
         return
-    for argument in arguments[1:]:
+    for argument, following in zip(arguments[1:], [*arguments[2:], "--"], strict=True):
         if argument == "--":  # what follows is for Fire itself
             return
         option = re.match(r"--?([a-zA-Z][\w-]*)", argument)
@@ -665,6 +668,9 @@ def _check_options(commands: dict, arguments: list[str]) -> None:
             close = difflib.get_close_matches(name, names, n=1)
             meant = f"did you mean --{close[0]}?" if close else f"see {command} --help."
             raise ValueError(f"{command} has no option --{name}: {meant}")
+        alone = "=" not in argument and re.match(r"--|-[a-zA-Z](=|$)", following)
+        if alone and name in names and names[name].annotation is not bool:
+            raise ValueError(f"--{name} has no value. See {command} --help.")
 
 
 def _parser(name: str, annotation: object):

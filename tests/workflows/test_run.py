@@ -428,6 +428,8 @@ def test_command_line(bundles, tmp_path, command):
             "run has no option --sample: did you mean --samples?",
         ),
         (("run", "-i", "in", "--output=out", "-x", 3), "run has no option --x: see run --help."),
+        (("run", "--input", "scans", "--output"), "--output has no value. See run --help."),
+        (("correct", "--predictions", "--reference", "in", "--output", "c"), "--predictions has no value."),
         (("segment", "in", "out", "--samples", "abc"), "--samples is a whole number, got 'abc'."),
         (("run", "in", "out", "--samples=2.5"), "--samples is a whole number, got '2.5'."),
         (("run", "in", "out", "--threshold", "high"), "--threshold is a number, got 'high'."),
