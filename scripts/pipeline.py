@@ -56,8 +56,11 @@ def _summary(cases: list[dict], output: str) -> None:
 
 
 def _numbers(series: int | tuple | None) -> tuple[int, ...]:
-    """SeriesNumbers, as Fire reads ``5,6``."""
-    return () if series is None else _listed(series)
+    """SeriesNumbers, as Fire reads ``5,6``; another value would be a series that no file has."""
+    numbers = () if series is None else _listed(series)
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"--series is a whole number, or several with commas between, got '{series}'.")
+    return numbers
 
 
 def _gather(input: str, output: str, root: str | None, fold: int | None, series: int | tuple | None, name_by: str):
@@ -181,6 +184,8 @@ def run(
     from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
+    if ed is not None and ed == es:
+        raise ValueError(f"--ed and --es are both {ed}: that is no ejection. Give two phases, or leave one out.")
     promise = {"catch": catch, "regions_per_patient": regions_per_patient, "calibration": calibration}
     load = partial(load_predictors, model, map, samples, sample_phases, root=bundle_dir, threshold=threshold, **promise)
     own = {"address": address, "workers": workers, "worker_cpus": worker_cpus, "worker_gpus": worker_gpus}
