@@ -323,6 +323,7 @@ BROKEN = {
     "nan": (write_nan, "NaN or infinite"),
     "inf": (write_inf, "NaN or infinite"),
     "constant": (lambda path: save(path, np.full((64, 64, 2), 7, np.int16)), "98 % of the voxels are 7"),
+    "labels": (lambda path: save(path, (stack() > 0.5).astype(np.uint8)), "its voxels have 2 different values"),
     "unit_spacing": (lambda path: save(path, stack(), (1.0, 1.0, 1.0)), "1 x 1 x 1 mm"),
     "zero_spacing": (write_zero_spacing, "not positive"),
 }
