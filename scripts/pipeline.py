@@ -56,8 +56,11 @@ def _summary(cases: list[dict], output: str) -> None:
 
 
 def _numbers(series: int | tuple | None) -> tuple[int, ...]:
-    """SeriesNumbers, as Fire reads ``5,6``."""
-    return () if series is None else _listed(series)
+    """SeriesNumbers, as Fire reads ``5,6``; another value would be a series that no file has."""
+    numbers = () if series is None else _listed(series)
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"--series is a whole number, or several with commas between, got '{series}'.")
+    return numbers
 
 
 def _gather(input: str, output: str, root: str | None, fold: int | None, series: int | tuple | None, name_by: str):
@@ -184,6 +187,8 @@ def run(
     from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
+    if ed is not None and ed == es:
+        raise ValueError(f"--ed and --es are both {ed}: that is no ejection. Give two phases, or leave one out.")
     promise = {"catch": catch, "regions_per_patient": regions_per_patient, "calibration": calibration}
     settings = {"root": bundle_dir, "threshold": threshold, "turns": turns, **promise}
     load = partial(load_predictors, model, map, samples, sample_phases, **settings)
@@ -654,14 +659,17 @@ def reproduce(
 
 
 def _check_options(commands: dict, arguments: list[str]) -> None:
-    """Refuse an option that the command does not have: Fire would look only after it has run the command."""
+    """Refuse an option that the command does not have, or that lacks its value.
+
+    Fire would look for the first only after it has run the command, and takes the second for True: a folder's name.
+    """
     command = arguments[0] if arguments else ""
     if command not in commands:
         return
     names = inspect.signature(commands[command]).parameters
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values()):  # settings of the bundles
         return
-    for argument in arguments[1:]:
+    for argument, following in zip(arguments[1:], [*arguments[2:], "--"], strict=True):
         if argument == "--":  # what follows is for Fire itself
             return
         option = re.match(r"--?([a-zA-Z][\w-]*)", argument)
@@ -671,6 +679,9 @@ def _check_options(commands: dict, arguments: list[str]) -> None:
             close = difflib.get_close_matches(name, names, n=1)
             meant = f"did you mean --{close[0]}?" if close else f"see {command} --help."
             raise ValueError(f"{command} has no option --{name}: {meant}")
+        alone = "=" not in argument and re.match(r"--|-[a-zA-Z](=|$)", following)
+        if alone and name in names and names[name].annotation is not bool:
+            raise ValueError(f"--{name} has no value. See {command} --help.")
 
 
 def _parser(name: str, annotation: object):

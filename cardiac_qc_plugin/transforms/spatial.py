@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 APEX = np.array([-1.0, 1.0, -1.0]) / 3**0.5  # where it lies from the base: left, front, feet
+LABELS = 8  # a label map has no more values; an image has hundreds
 CODES = ("qform_code", "sform_code")  # both 0: the file does not say how it lies in the patient
 
 
@@ -164,8 +165,8 @@ class CheckScan(Transform):
 
     Raises:
         ValueError: for another shape than ``(1, H, W, D)``, NaN or infinite voxels, an image that is constant
-            (its 1st and 99th percentile are the same), or a voxel size that is zero, 1 mm across slices, or far from
-            square within them (the slices lie on another axis).
+            (its 1st and 99th percentile are the same), a label map, or a voxel size that is zero, 1 mm across slices,
+            or far from square within them (the slices lie on another axis).
     """
 
     def __call__(self, image: MetaTensor) -> MetaTensor:
@@ -181,6 +182,11 @@ class CheckScan(Transform):
         low, high = np.percentile(image.numpy(), (1, 99))
         if low == high:
             raise ValueError(f"{name}: at least 98 % of the voxels are {low:g}. The file holds no image.")
+        if (count := len(np.unique(image.numpy()))) <= LABELS:
+            raise ValueError(
+                f"{name}: its voxels have {count} different values, so it is a label map. Give the scan, and labels "
+                "as a reference."
+            )
         spacing = spacing_of(image)
         check_spacing(spacing, name)
         if max(spacing[:2]) > 2 * min(spacing[:2]):

@@ -148,7 +148,7 @@ def table(predictions: str | Path) -> Outcome:
         ValueError: if there is no case in it, its worklist or ``quarantine.json`` is damaged, or pyarrow is missing.
     """
     folder, failures = Path(predictions), {}
-    if not next(folder_records(folder), None):
+    if not folder.is_dir() or not next(folder_records(folder), None):
         raise ValueError(f"{folder}: no qc.json in it. Give the output folder of 'run'.")
     write_table(folder / TABLE, folder_rows(folder, failures))
     lines = [f"{folder / TABLE}", *(f"  {case}: {reason}" for case, reason in failures.items())]

@@ -219,6 +219,12 @@ def test_constant_image(value):
         CheckScan()(image(np.full((1, 6, 7, 3), value)))
 
 
+def test_label_map_is_no_scan():
+    labels = np.arange(6 * 7 * 3).reshape(1, 6, 7, 3) % 4
+    with pytest.raises(ValueError, match="folder/scan7.nii.gz: its voxels have 4 different values, so it is a label"):
+        CheckScan()(image(labels))
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 7, 3), (1, 6, 7), (1, 6, 7, 3, 2), (6, 7, 3)])
 def test_other_shapes(shape):
     with pytest.raises(ValueError, match="folder/scan7.nii.gz: expected one 3-D stack"):
