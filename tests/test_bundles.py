@@ -21,9 +21,16 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import MetaTensor
 
-from cardiac_qc_plugin.bundle import NETWORKS, BundlePredictor, SegmentWithBundled, find_detectors, load_detector
+from cardiac_qc_plugin.bundle import (
+    NETWORKS,
+    BundlePredictor,
+    SegmentWithBundled,
+    find_detectors,
+    load_detector,
+    root_cause,
+)
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
-from cardiac_qc_plugin.data import PatchAugmentation
+from cardiac_qc_plugin.data import PatchAugmentation, hold_out, read_fold
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.networks import FailureResNet
@@ -400,6 +407,22 @@ def test_failure_detector_trains_and_chooses_its_operating_point(acdc_like, tmp_
     # 10 patients, 5 of them in the training fold, one of these held out, two phases
     assert point["n_volumes"] == 2
     assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 2
+
+
+def test_detector_is_kept_when_no_held_out_region_fails(acdc_like, tmp_path):
+    """Without an operating point, also without that of an earlier training."""
+    shutil.copytree(acdc_like / "predictions", tmp_path / "predictions")
+    _, held_out = hold_out(read_fold(acdc_like / "folds.json", acdc_like / "data", 0)[0])
+    for item in held_out:
+        folder = tmp_path / "predictions" / Path(item["image"]).name.removesuffix(".nii.gz")
+        nib.save(nib.load(item["label"]), folder / "segmentation.nii.gz")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model_operating_point.json").write_text('{"threshold": 0.5}')
+    predictions = {"predictions_dir": str(tmp_path / "predictions"), "patch_size": 40, "min_size": 40}
+    with pytest.raises(RuntimeError) as error:
+        train("cardiac_segmentation_failure", acdc_like, tmp_path / "models", **predictions)
+    assert "regions fails, so no threshold can be chosen" in str(root_cause(error.value))
+    assert [path.name for path in (tmp_path / "models").glob("model*")] == ["model.pt"]
 
 
 @pytest.mark.parametrize("bundle", [SEGMENTATION[0], BUNDLES[-1]])

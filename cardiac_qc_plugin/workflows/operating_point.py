@@ -97,7 +97,11 @@ def choose_operating_point(
 
     Returns:
         The threshold.
+
+    Raises:
+        ValueError: if no region fails. Then there is no file, as that of an earlier training is removed.
     """
+    Path(output).unlink(missing_ok=True)
     threshold = choose_threshold(volumes, beta=beta)
     figures = write_operating_point(volumes, threshold, output, beta=beta, region_size=region_size)
     log = logging.getLogger(__name__)
