@@ -113,7 +113,7 @@ def scans_of(data: Path | None, patients: int, folder: Path) -> list:
 
 
 def main(a: argparse.Namespace) -> None:
-    predictors = load_models(a.model, a.map, a.samples, a.device)
+    predictors = load_models(a.model, a.map, a.samples, a.device, turns=a.turns)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         scans = scans_of(a.data, a.patients, folder)
@@ -128,10 +128,12 @@ def main(a: argparse.Namespace) -> None:
                 walls.append(2 * (time.perf_counter() - start) / len(scans))
             stages.append({name: 2 * spent / len(scans) for name, spent in timer.seconds.items()})
         options = ["--model", a.model, "--map", a.map, "--samples", str(a.samples), "--device", a.device]
+        options += ["--turns", str(a.turns)]
         start = startup(scans[0].path, folder / "first", options)
     medians = {name: statistics.median(each.get(name, 0.0) for each in stages) for name in stages[0]}
     total = sum(medians.values())
-    print(f"{a.model}, {a.map}, T = {a.samples}, {len(scans)} scans; seconds per patient (ED + ES)")
+    turned = f", {a.turns} quarter turns" if a.turns > 1 else ""
+    print(f"{a.model}, {a.map}, T = {a.samples}{turned}, {len(scans)} scans; seconds per patient (ED + ES)")
     print(f"{'stage':24}{'seconds':>9}{'share':>8}")
     for name, spent in sorted(medians.items(), key=lambda item: -item[1]):
         print(f"{name:24}{spent:9.2f}{spent / total:8.1%}")
@@ -147,6 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="drn")
     parser.add_argument("--map", default="bmap")
     parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--patients", type=int, default=2)
     parser.add_argument("--data", type=Path, help="ACDC's training folder, instead of synthetic hearts")
     parser.add_argument("--device", default="auto")
