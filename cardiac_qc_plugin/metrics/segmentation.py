@@ -84,6 +84,33 @@ def check_labels(labels: np.ndarray, name: str) -> np.ndarray:
     return whole
 
 
+def check_order(labels: np.ndarray, name: str) -> None:
+    """Refuse references whose RV and LV are exchanged, as data sets that number the LV 1 and the RV 3 have them.
+
+    Of the pixels beside the LV in a slice the LVM takes 98 to 100 % in ACDC's references, of those beside the RV 20 to
+    39 % (100 volumes).
+
+    Args:
+        labels: labels 0 to 3, (H, W, D).
+        name: what to call it in an error message.
+
+    Raises:
+        ValueError: if the LVM encloses what is numbered RV, and not what is numbered LV.
+    """
+    rv, lvm, lv = CLASS_NAMES
+    cross = ndimage.generate_binary_structure(2, 1)[..., None]
+    enclosed = {}
+    for label in (rv, lv):
+        inside = labels == label
+        beside = labels[ndimage.binary_dilation(inside, cross) & ~inside]
+        enclosed[label] = np.mean(beside == lvm) if beside.size else np.nan
+    if enclosed[rv] > 0.75 > enclosed[lv]:
+        raise ValueError(
+            f"{name}: label 1 lies in the myocardium and label 3 does not, so RV and LV are exchanged, as in M&Ms. "
+            "Labels are 1 RV, 2 LVM, 3 LV: map others to these first."
+        )
+
+
 def check_spacing(spacing: Sequence[float]) -> np.ndarray:
     """Check a voxel spacing.
 

@@ -14,7 +14,7 @@ from monai.data import ImageReader, MetaTensor, NibabelWriter
 from monai.transforms import Flip, InvertibleTransform, LoadImage, LoadImaged, MapTransform, Spacingd, Transform
 from monai.utils import TraceKeys, convert_to_dst_type, convert_to_numpy
 
-from cardiac_qc_plugin.metrics.segmentation import check_labels
+from cardiac_qc_plugin.metrics.segmentation import check_labels, check_order
 
 __all__ = [
     "CheckLabeld",
@@ -207,10 +207,12 @@ class CheckScand(MapTransform):
 
 
 class CheckLabeld(MapTransform):
-    """Refuse label maps ``(1, H, W, D)`` with other values than 0 to 3; a file with a scale gives 1.00000002 for 1.
+    """Refuse label maps ``(1, H, W, D)`` with other values than 0 to 3, or with RV and LV exchanged.
+
+    Values are rounded, since a file with a scale gives 1.00000002 for 1.
 
     Raises:
-        ValueError: if there are other values; the message names the file.
+        ValueError: the message names the file.
     """
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
@@ -218,6 +220,7 @@ class CheckLabeld(MapTransform):
         for key in self.key_iterator(d):
             name = str(d[key].meta.get("filename_or_obj", key))
             labels = check_labels(convert_to_numpy(d[key])[0], name)
+            check_order(labels, name)
             d[key] = convert_to_dst_type(labels[None], d[key])[0]
         return d
 

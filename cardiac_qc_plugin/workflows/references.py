@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cardiac_qc_plugin.data.acdc import read_info
 from cardiac_qc_plugin.data.inputs import PHASE
 from cardiac_qc_plugin.data.predictions import files_below
+from cardiac_qc_plugin.metrics.segmentation import check_order
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
 from cardiac_qc_plugin.transforms.spatial import says_how_it_lies
 from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
@@ -188,7 +189,7 @@ def read_reference(path: Path, prediction: Volume) -> np.ndarray:
 
     Raises:
         ValueError: if the file cannot be read, lies on another grid than the prediction, has values other
-            than 0-3 or no label at all; the message names it.
+            than 0-3, no label at all, or RV and LV exchanged; the message names it.
     """
     try:
         labels = read_labels(path)
@@ -210,6 +211,7 @@ def read_reference(path: Path, prediction: Volume) -> np.ndarray:
         )
     if not reference.data.any():
         raise ValueError(f"{path}: no label at all, only background. Nothing can be measured against it.")
+    check_order(reference.data, str(path))
     return reference.data
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 
+from cardiac_qc_plugin.data.phantom import ShortAxisPhantom
 from cardiac_qc_plugin.metrics import CLASS_NAMES, StructureScore, dice_and_hausdorff, summarize
-from cardiac_qc_plugin.metrics.segmentation import check_labels
+from cardiac_qc_plugin.metrics.segmentation import check_labels, check_order
 
 SPACING = (1.5, 1.25, 10.0)
 
@@ -152,6 +153,23 @@ def test_unknown_label_is_quoted(value, quoted):
     prediction[0, 0, 0] = value
     with pytest.raises(ValueError, match=rf"prediction has the values \[{quoted}\.?0?\]"):
         dice_and_hausdorff(prediction, heart(), SPACING)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exchanged_ventricles_are_refused(seed):
+    """And nothing else is: no side of the body, and no label map that lacks a structure."""
+    labels = ShortAxisPhantom(seed=seed, shape=(112, 112)).frame()[1]
+    for good in (
+        labels,
+        labels[::-1],
+        labels[:, ::-1],
+        np.where(labels == 1, 0, labels),
+        np.where(labels > 1, 0, labels),
+    ):
+        check_order(good, "labels")
+    check_order(np.zeros_like(labels), "labels")
+    with pytest.raises(ValueError, match="^a_gt.nii.gz: label 1 lies in the myocardium and label 3 does not"):
+        check_order(np.uint8([0, 3, 2, 1])[labels], "a_gt.nii.gz")
 
 
 def test_unequal_shapes():

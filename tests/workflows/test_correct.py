@@ -231,6 +231,8 @@ def broken_reference(root, kind):
         save(path, heart(1) * 2)
     elif kind == "fraction":
         save(path, heart(1) * np.float32(0.5))
+    elif kind == "exchanged":
+        save(path, np.uint8([0, 3, 2, 1])[heart(1)])
     elif kind == "empty":
         save(path, np.zeros(SHAPE, np.uint8))
     elif kind == "missing":
@@ -253,6 +255,7 @@ BROKEN = {
     "spacing": "voxel size 1.25 x 1.25 x 8 mm, but the prediction has 1.5 x 1.5 x 8 mm",
     "labels": r"the label map has the values \[4, 6\]",
     "fraction": r"the label map has the values \[0.5, 1.5\]",
+    "exchanged": "label 1 lies in the myocardium and label 3 does not, so RV and LV are exchanged",
     "empty": "no label at all",
     "missing": "no label file for .*_gt.nii.gz, .*_seg.nii.gz, .*/segmentation.nii.gz",
     "the scan only": r"the label map has the values \[50, 100, 150\].* its labels .*_gt.nii.gz are missing",
