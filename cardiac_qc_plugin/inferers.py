@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -182,27 +181,20 @@ class MCDropoutSliceInferer(Inferer):
         self, stack: torch.Tensor, passes: FusedNetwork | SequentialNetwork, report: Callable[[float], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Channels (D, 2 K + 2, H, W) and areas (D, T, K) described in the class, for ``(D, C, H, W)`` slices."""
-        sure = self._certain(View(stack), passes, lambda share: report(self._done(0, share))).softmax(dim=1)
-        window = whole = slice(0, sure.shape[2]), slice(0, sure.shape[3])
-        if self.region == "heart" and self.samples + self.turns > 1:
-            window = heart_window(sure, self.margin)
-        inside = sure[(..., *window)]
-        moments, shift = Moments(inside, self.samples), None
+        sure, moments, window = None, None, None
         for turn in range(self.turns):
-            view = View.turned(stack, None if window == whole else window, turn, passes.border)
-            if turn > 0:
-                logits = self._certain(view, passes, lambda share, turn=turn: report(self._done(turn, share)))
-                inside = inside + (logits if shift is None else logits + shift).softmax(dim=1)
-            elif window != whole and not view.inner:  # what the border of the box changes is taken away
-                alone = self._certain(view, passes).log_softmax(dim=1)
-                shift = inside.clamp_min(torch.finfo(inside.dtype).tiny).log() - alone
+            turned = stack.rot90(turn, (2, 3)).contiguous()
+            seen = self._deterministic(turned, passes, report, turn)
+            sure = seen if sure is None else sure + seen.rot90(-turn, (2, 3))
             if self.samples > 0:
-                self._sample(view, shift, passes, moments, report)
+                window = window or self._window(sure)
+                moments = moments or Moments(sure[(..., *window)], self.samples)
+                self._sample(turned, seen, turned_window(window, sure.shape[2:], turn), passes, moments, report, turn)
         if self.turns > 1:
-            sure[(..., *window)] = inside / self.turns
+            sure /= self.turns
         mean, std, votes = sure, torch.zeros_like(sure), most_probable(sure)
         areas = votes.sum(dim=(2, 3), dtype=torch.long)[:, None].repeat(1, self.samples, 1)
-        if self.samples > 0:
+        if moments is not None:
             mean = sure.clone()
             areas += moments.areas - votes[(..., *window)].sum(dim=(2, 3), dtype=torch.long)[:, None]
             for field, inside in zip((mean, std, votes), moments.result(), strict=True):
@@ -215,6 +207,12 @@ class MCDropoutSliceInferer(Inferer):
         ]
         report(1.0)
         return torch.cat(channels, dim=1), areas.cpu()
+
+    def _window(self, sure: torch.Tensor) -> Window:
+        """The part of the field that the samples see."""
+        if self.region == "heart":
+            return heart_window(sure, self.margin)
+        return slice(0, sure.shape[2]), slice(0, sure.shape[3])
 
     def _own_samples(self, turn: int) -> range:
         """Numbers of the samples that see their slice after ``turn`` quarter turns."""
@@ -233,86 +231,68 @@ class MCDropoutSliceInferer(Inferer):
             return 1
         return max(1, int(LARGEST.get(device.type, LARGEST["cuda"]) / (passes.widest * share))) if passes.widest else 1
 
-    def _certain(
+    def _deterministic(
         self,
-        view: "View",
+        stack: torch.Tensor,
         passes: FusedNetwork | SequentialNetwork,
-        report: Callable[[float], None] = lambda share: None,
+        report: Callable[[float], None],
+        turn: int,
     ) -> torch.Tensor:
-        """Logits (D, K, H, W) of the pass without dropout, turned back."""
+        """Probabilities (D, K, H, W) of the pass without dropout, of slices after ``turn`` quarter turns."""
         parts: list[torch.Tensor] = []
-        done, count = 0, len(view.crops)
-        while done < count:
-            positions = range(count)[done : done + self._batch(passes, view.crops.device, view.share)]
-            crops = view.crops[positions.start : positions.stop]
-            parts.append(view.back(passes.deterministic(crops, positions, view.kind, view.inner)))
+        done = 0
+        while done < len(stack):
+            positions = range(len(stack))[done : done + self._batch(passes, stack.device)]
+            logits = passes.deterministic(stack[positions.start : positions.stop], positions, "whole")
+            parts.append(logits.softmax(dim=1))
             done = positions.stop
-            report(done / count)
-        return torch.cat(parts)
+            report(self._done(turn, done / len(stack)))
+        return torch.cat(parts).contiguous()
 
     def _sample(
         self,
-        view: "View",
-        shift: torch.Tensor | None,
+        stack: torch.Tensor,
+        sure: torch.Tensor,
+        window: Window,
         passes: FusedNetwork | SequentialNetwork,
         moments: "Moments",
         report: Callable[[float], None],
+        turn: int,
     ) -> None:
-        """Add the samples of a turn to the moments, their logits with ``shift``."""
-        count, own = len(view.crops), self._own_samples(view.turn)
-        kind = None if view.kind == "whole" else view.kind
-        batch = self._batch(passes, view.crops.device, view.share)
+        """Add the samples of a turn to the moments.
+
+        ``stack``, ``sure``, the probabilities of the pass without dropout, and ``window``, the part of the field that
+        counts, are turned.
+        """
+        crops, share, kind, inner, shift, cut = stack, 1.0, None, False, None, ()
+        if window != (slice(0, sure.shape[2]), slice(0, sure.shape[3])):
+            rows, cols = (aligned(w.start, w.stop, size) for w, size in zip(window, sure.shape[2:], strict=True))
+            starts = zip(window, (rows.start, cols.start), strict=True)
+            cut = (..., *(slice(w.start - start, w.stop - start) for w, start in starts))
+            kind, inner = "region", passes.border > 0
+            p = passes.border
+            crops = F.pad(stack, (p, p, p, p))[:, :, rows.start : rows.stop + 2 * p, cols.start : cols.stop + 2 * p]
+            share = crops[0].numel() / F.pad(stack[0], (p, p, p, p)).numel()
+        batch = self._batch(passes, stack.device, share)
+        if kind and not inner:  # what the border of the region changes without dropout is taken away
+            parts = [
+                passes.deterministic(crops[positions], positions.tolist(), kind, inner).log_softmax(dim=1)
+                for positions in torch.arange(len(stack)).split(batch)
+            ]
+            shift = sure[..., rows, cols].clamp_min(torch.finfo(sure.dtype).tiny).log() - torch.cat(parts)
+        own = self._own_samples(turn)
         group = max(1, batch // max(1, len(own)))  # slices
-        for start in range(0, count, group):
-            pairs = [(z, t) for z in range(start, min(start + group, count)) for t in own]
+        for start in range(0, len(stack), group):
+            pairs = [(z, t) for z in range(start, min(start + group, len(stack))) for t in own]
             for first in range(0, len(pairs), batch):
                 part = pairs[first : first + batch]
                 positions = [z for z, _ in part]
                 seeds = [sample_seed(self.seed, z, t) for z, t in part]
-                logits = view.back(passes.sample(view.crops[positions], positions, seeds, kind, view.inner))
-                moments.add(part, (logits if shift is None else logits + shift[positions]).softmax(dim=1))
-                report(self._done(view.turn, 1 + (start * len(own) + first + len(part)) / count))
+                logits = passes.sample(crops[positions], positions, seeds, kind, inner)
+                logits = (logits if shift is None else logits + shift[positions])[cut].rot90(-turn, (2, 3))
+                moments.add(part, logits.contiguous().softmax(dim=1))
+                report(self._done(turn, 1 + (start * len(own) + first + len(part)) / len(stack)))
             passes.forget()
-
-
-@dataclass(frozen=True)
-class View:
-    """What passes see of a stack.
-
-    Attributes:
-        crops: the slices, or a box of each, after ``turn`` quarter turns, (D, C, H, W).
-        turn: number of quarter turns.
-        kind: ``"whole"`` for the field, ``"region"`` or, after turns, ``"turned"`` for a box.
-        inner: the crops come with ``border`` pixels on every side, without logits.
-        share: of the field that a crop is.
-        cut: what counts of the logits.
-    """
-
-    crops: torch.Tensor
-    turn: int = 0
-    kind: str = "whole"
-    inner: bool = False
-    share: float = 1.0
-    cut: tuple = ()
-
-    @classmethod
-    def turned(cls, stack: torch.Tensor, window: Window | None, turn: int, border: int) -> "View":
-        """A box of a stack (D, C, H, W), or the whole field, after quarter turns."""
-        turned = stack.rot90(turn, (2, 3)).contiguous()
-        if window is None:
-            return cls(turned, turn)
-        window = turned_window(window, stack.shape[2:], turn)
-        rows, cols = (aligned(w.start, w.stop, size) for w, size in zip(window, turned.shape[2:], strict=True))
-        starts = zip(window, (rows.start, cols.start), strict=True)
-        cut = (..., *(slice(w.start - start, w.stop - start) for w, start in starts))
-        padded = F.pad(turned, (border,) * 4)
-        crops = padded[:, :, rows.start : rows.stop + 2 * border, cols.start : cols.stop + 2 * border]
-        share = crops[0].numel() / padded[0].numel()
-        return cls(crops, turn, "turned" if turn else "region", border > 0, share, cut)
-
-    def back(self, logits: torch.Tensor) -> torch.Tensor:
-        """What counts of logits (B, K, H, W), turned back."""
-        return logits[self.cut].rot90(-self.turn, (2, 3)).contiguous()
 
 
 class Moments:

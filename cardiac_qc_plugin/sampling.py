@@ -137,8 +137,7 @@ class _Pass:
         masked: whether a mask was applied in this pass already.
         shared: by layer and slice, what comes before the first mask, and so is the same for all samples.
         statistics: by kind, layer and slice, mean and variance of instance normalizations without dropout.
-        kind: ``"whole"`` and ``"region"`` passes without dropout record the statistics; ``"turned"``, a region after
-            quarter turns, takes those of the others, and None does not.
+        kind: ``"whole"`` and ``"region"`` passes without dropout record the statistics; None does not.
         inner: whether convolutions do not pad: the images come with what lies around them.
         integers: whether convolutions are computed in 8-bit integers.
         widest: most bytes of a layer's output, for one image.
@@ -195,7 +194,7 @@ class _Pass:
         mean, var = (torch.stack(part)[:, :, None, None] for part in zip(*parts, strict=True))
         if self.kind is None:
             return mean, var
-        if self.generators is None and self.kind != "turned":
+        if self.generators is None:
             for index, position in enumerate(self.positions):
                 key = (self.kind, layer, position)
                 self.statistics[key] = mean[index : index + 1].clone(), var[index : index + 1].clone()
@@ -703,7 +702,7 @@ class FusedNetwork:
         return self.state.widest
 
     def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str, inner: bool = False):
-        """Logits (B, K, H, W) without dropout; ``kind`` is ``"whole"``, ``"region"`` or ``"turned"``."""
+        """Logits (B, K, H, W) without dropout; ``kind`` is ``"whole"`` or ``"region"``."""
         return self._pass(images, positions, None, kind, inner)
 
     def sample(
@@ -715,8 +714,7 @@ class FusedNetwork:
             images: (B, C, H, W).
             positions: number of the slice that each image shows.
             seeds: of each image's masks.
-            kind: None, or ``"region"`` or ``"turned"`` after :meth:`deterministic` has seen the whole field and the
-                region.
+            kind: None, or ``"region"`` after :meth:`deterministic` has seen the whole field and the region.
             inner: the images come with ``border`` pixels on every side, without logits.
         """
         return self._pass(images, positions, [torch.Generator().manual_seed(s) for s in seeds], kind, inner)

@@ -656,9 +656,9 @@ def test_region_with_turns_is_as_close_to_the_whole_field(name, window):
         error[turns] = (part - whole)[(slice(0, 5), *window)].abs().mean()
         outside = torch.ones(71, 101, dtype=torch.bool)
         outside[window] = False
-        sure = infer(volume, network, samples=0)[0]
+        sure = infer(volume, network, samples=0, turns=turns)[0]
         torch.testing.assert_close(part[:4][:, outside], sure[:4][:, outside])
-    assert error[4] < max(1.5 * error[1], 1e-6)
+    assert error[4] < max(1.2 * error[1], 1e-6)
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
