@@ -77,7 +77,7 @@ class MCDropoutSliceInferer(Inferer):
         margin: of the heart's box, in pixels.
         turns: quarter turns in which slices are seen, 1 to 4 (test-time augmentation; the networks are trained in all
             four): sample t sees its slice after ``t mod turns`` of them, and the deterministic pass is the mean of one
-            in each.
+            after each.
         sw_batch_size: images per forward pass; None for as many as the cache or the device is fast with.
         seed: seed of the samples; the same seed gives the same maps.
         amp: bf16 or 8-bit integers, where the device is fast at them, see
