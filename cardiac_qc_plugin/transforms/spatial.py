@@ -211,16 +211,26 @@ class CheckLabeld(MapTransform):
 
     Values are rounded, since a file with a scale gives 1.00000002 for 1.
 
+    Args:
+        keys: labels (1, H, W, D).
+        references: they are an expert's; a network's may be anything, also exchanged.
+        allow_missing_keys: pass over keys that are not there.
+
     Raises:
         ValueError: the message names the file.
     """
+
+    def __init__(self, keys: KeysCollection, references: bool = True, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.references = references
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         for key in self.key_iterator(d):
             name = str(d[key].meta.get("filename_or_obj", key))
             labels = check_labels(convert_to_numpy(d[key])[0], name)
-            check_order(labels, name)
+            if self.references:
+                check_order(labels, name)
             d[key] = convert_to_dst_type(labels[None], d[key])[0]
         return d
 

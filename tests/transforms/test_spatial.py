@@ -133,6 +133,18 @@ def test_labels_are_whole_and_known():
         CheckLabeld("label")({"label": labels + labels.eq(3)})
 
 
+def test_exchanged_ventricles_of_references_only():
+    labels = np.zeros((1, 9, 12, 1), np.float32)
+    labels[:, 1:8, 1:8] = 2
+    labels[:, 3:6, 3:6] = 1
+    labels[:, 1:8, 8:11] = 3
+    exchanged = image(labels)
+    with pytest.raises(ValueError, match=r"folder/scan7\.nii\.gz: label 1 lies in the myocardium and label 3 does not"):
+        CheckLabeld("label")({"label": exchanged})
+    CheckLabeld("label", references=False)({"label": exchanged})
+    CheckLabeld("label")({"label": image(np.float32([0, 3, 2, 1])[labels.astype(int)])})
+
+
 def test_spacing_of_an_oblique_scan():
     scan = image(np.zeros((1, 4, 5, 6)), oblique((1.2, 1.7, 9.0)))
     np.testing.assert_allclose(spacing_of(scan), (1.2, 1.7, 9.0))

@@ -45,5 +45,6 @@ def write_bundles(root, poisonable=False):
 def poison(config):
     function = f"$lambda image: os.kill(os.getpid(), 9) if image.max() == {POISON} else image"
     step = {"_target_": "Lambdad", "keys": "image", "func": function}
+    config["imports"].append("$import os")
     config["preprocessing"]["transforms"].insert(2, step)
     config["spacing"] = 2.8
