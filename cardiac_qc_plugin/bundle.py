@@ -60,6 +60,22 @@ def check_samples(map: str, samples: int) -> None:
         raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
 
 
+def find_device(name: str) -> torch.device:
+    """A torch device by its name.
+
+    Raises:
+        ValueError: if there is no such device, or torch sees none of its kind here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device '{name}': give auto, cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        why = f"torch {torch.__version__} sees {count} GPU(s)" if torch.version.cuda else "this torch is a CPU build"
+        raise ValueError(f"There is no device '{name}' here: {why}. Give auto or cpu, or install a torch for your GPU.")
+    return device
+
+
 def one_at_a_time() -> Callable[[Callable[[], Any]], Any]:
     """A function that calls what it is given, for one thread at a time."""
     free = threading.Lock()
@@ -109,10 +125,8 @@ class BundlePredictor:
             raise ValueError(f"{config_file} has no setting '{unknown[0]}'.")
         overrides = {"bundle_root": str(folder), **overrides}
         if device != "auto":
-            try:  # by its own name: the text may come from a request, and the entry is an expression
-                overrides["device"] = f"$torch.device('{torch.device(device)}')"
-            except RuntimeError as error:
-                raise ValueError(f"There is no device '{device}': give auto, cpu, cuda, cuda:1, ...") from error
+            # by its own name: the text may come from a request, and the entry is an expression
+            overrides["device"] = f"$torch.device('{find_device(device)}')"
         self.config.update(overrides)
         self.config.parse()
         weights = Path(self._get("ckpt_path"))

@@ -669,6 +669,15 @@ def test_a_device_is_no_code(tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
+@pytest.mark.parametrize("build", [None, "13.0"])
+def test_a_gpu_that_is_not_there(monkeypatch, build):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if build else 0)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    why = r"sees 1 GPU" if build else "this torch is a CPU build"
+    with pytest.raises(ValueError, match=rf"There is no device 'cuda:1' here: .*{why}"):
+        BundlePredictor(ROOT / "bundles" / "cardiac_dn_segmentation", "cuda:1")
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_device_may_be_given_by_its_name(bundle):
     """As MONAI Label gives it."""

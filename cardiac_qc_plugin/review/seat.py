@@ -311,6 +311,11 @@ class Seat:
         folders = {path.relative_to(self.predictions).as_posix(): path for path in case_folders(self.predictions)}
         if "." in folders:
             raise ValueError(f"{predictions} is the folder of one case: give the one above it.")
+        if not any((path / REGIONS_FILE).is_file() for path in folders.values()):
+            raise ValueError(
+                f"{predictions}: none of its {len(folders)} case(s) has a {REGIONS_FILE}. Give the output of run: "
+                "segment finds no regions, and what correct wrote is corrected already."
+            )
         for name in folders:
             if (self.output / name / SEGMENTATION_FILE).is_file() and not (self.output / name / JOURNAL).is_file():
                 raise ValueError(

@@ -166,7 +166,7 @@ class CheckScan(Transform):
     Raises:
         ValueError: for another shape than ``(1, H, W, D)``, NaN or infinite voxels, an image that is constant
             (its 1st and 99th percentile are the same), a label map, or a voxel size that is zero, 1 mm across slices,
-            or far from square within them (the slices lie on another axis).
+            far from square within them (the slices lie on another axis), or of pixels that no cine has.
     """
 
     def __call__(self, image: MetaTensor) -> MetaTensor:
@@ -194,6 +194,11 @@ class CheckScan(Transform):
             raise ValueError(
                 f"{name}: the header says {listed} mm, so the slices do not lie on the third axis: their pixels are "
                 "square. Bring the axes into the order row, column, slice."
+            )
+        if not all(0.3 < size < 5 for size in spacing[:2]):
+            raise ValueError(
+                f"{name}: the header says pixels of {spacing[0]:g} x {spacing[1]:g} mm, and those of a cine are 0.5 to "
+                "3 mm. Write the scan's voxel size into the header (pixdim and affine)."
             )
         return image
 

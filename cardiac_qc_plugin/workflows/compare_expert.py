@@ -68,17 +68,21 @@ def compare_expert(
     masks, references, output = References(expert), References(reference), Path(output)
     check_output(output, "compare_expert", predictions, expert, reference)
 
+    missing: list[MissingLabels] = []
+
     def measure(case: str, folder: Path) -> dict[str, Any] | None:
         try:
             mask = masks.find(case, folder)
-        except MissingLabels:
+        except MissingLabels as error:
+            missing.append(error)
             return None
         return measure_case(case, folder, mask, references.find(case, folder), on_outside)
 
     found, failures = each_case(Path(predictions), measure, "compare")
     cases = {case: own for case, own in found.items() if own is not None}
     if not cases:
-        listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
+        # names that were looked for are alike for all cases: those of one will do
+        listed = "\n".join([*(f"- {case}: {message}" for case, message in failures.items()), *map(str, missing[:1])])
         raise ValueError(
             f"{expert}: masks of none of the {len(found) + len(failures)} cases of {predictions} could be measured.\n"
             f"{listed}".rstrip()

@@ -75,11 +75,12 @@ def gather_scans(
             raise ValueError(f"{path}: --series and --name_by are for DICOM, and no file is. Leave them out.")
         return Inputs(find_scans(path, root, fold, output))
     inputs = import_dicom(files, Path(output), series, name_by)
+    nothing = not inputs.scans and not inputs.failures
     if path.is_dir():
         with suppress(NoScans):
             inputs.scans += find_scans(path, output=output)
     write_skipped(Path(output) / "skipped_series.csv", inputs.skipped)
-    if not inputs.scans and not inputs.failures:
+    if nothing and (series or not inputs.scans):  # series were asked for: scans beside them are no answer
         listed = "".join(f"\n  {item}" for item in inputs.skipped)
         raise ValueError(
             f"{path}: no short-axis cine among its {len(files)} DICOM files.{listed}\n"

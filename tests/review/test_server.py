@@ -567,6 +567,14 @@ def test_cases_without_flagged_regions(tmp_path):
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), automatic())
 
 
+def test_no_review_without_flagged_regions_files(predictions, tmp_path):
+    """As of a folder that `correct` or `segment` wrote: no case of it could be opened."""
+    for file in predictions.glob("*/failure_regions.nii.gz"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"none of its \d case\(s\) has a failure_regions\.nii\.gz"):
+        Seat(predictions, tmp_path / "out")
+
+
 # ---- the command
 
 

@@ -243,6 +243,13 @@ def test_other_shapes(shape):
         CheckScan()(image(np.random.default_rng(0).random(shape)))
 
 
+@pytest.mark.parametrize("size", [0.14, 12.0])
+def test_pixels_of_no_cine(size):
+    """In centimetres, or of a preview."""
+    with pytest.raises(ValueError, match=rf"folder/scan7\.nii\.gz: the header says pixels of {size:g} x {size:g} mm"):
+        CheckScan()(image(np.random.default_rng(0).random((1, 6, 7, 3)), np.diag([-size, -size, 8.0, 1.0])))
+
+
 def test_good_scan_passes_unchanged():
     scan = image(np.random.default_rng(0).random((1, 6, 7, 3)))
     data = {"image": scan, "image_path": "a", "label": 3}

@@ -223,6 +223,11 @@ def test_no_short_axis(tmp_path):
     assert (tmp_path / "out" / "skipped_series.csv").read_text().count("\n") == 2
     (scan,) = gather_scans(tmp_path / "in", tmp_path / "out", series=(7,)).scans[:1]
     assert scan.case.endswith("/phase00")
+    write_phantom(tmp_path / "in", "heart", ShortAxisPhantom(), phases={"ed": 0.0}, with_labels=False)
+    (scan,) = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert scan.case == "heart_ed"
+    with pytest.raises(ValueError, match=r"no short-axis cine(.|\n)*series 7 'cine SAX'.*not among the series asked"):
+        gather_scans(tmp_path / "in", tmp_path / "out", series=(98,))  # and not heart_ed in its place
 
 
 def test_one_phase_that_is_asked_for(tmp_path):
