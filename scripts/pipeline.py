@@ -396,7 +396,8 @@ def calibrate(
         predictions: output folder of run on patients that neither network was trained on, with end-diastole and
             end-systole of each.
         reference: folder with reference labels.
-        output: the calibration file, JSON; <weights>_calibration.json beside the detector's weights is the default.
+        output: the calibration file, JSON. Beside the detector's weights run finds it by itself, as
+            <weights>_calibration.json, or <weights>_turns4_calibration.json of a run with --turns 4.
         source: which patients these are, in words; reports repeat it.
         criterion: which errors are failures, paper or released_code.
         apex: end of the slice axis at which the apex lies, last or first.

@@ -643,14 +643,15 @@ def test_calibrations_are_of_the_shipped_weights_and_of_unseen_patients():
     assert {("drn", "bmap"), ("drn", "emap"), ("dn", "bmap"), ("dn", "emap")} <= set(detectors)
     for model, map in detectors:
         weights = folder / detector_file(model, map)
-        calibration = read_calibration(folder / f"{weights.stem}_calibration.json")
-        assert (calibration.model, calibration.map) == (model, map)
-        assert set(calibration.patients) == unseen and len(calibration.patients) == len(unseen)
         segmentation = ROOT / "bundles" / f"cardiac_{model}_segmentation" / "models" / "model.pt"
-        assert calibration.weights_sha256 == {
-            f"cardiac_{model}_segmentation": file_sha256(segmentation),
-            "cardiac_segmentation_failure": file_sha256(weights),
-        }
+        for turns, name in ((1, "calibration"), (4, "turns4_calibration")):
+            calibration = read_calibration(folder / f"{weights.stem}_{name}.json")
+            assert (calibration.model, calibration.map, calibration.turns) == (model, map, turns)
+            assert set(calibration.patients) == unseen and len(calibration.patients) == len(unseen)
+            assert calibration.weights_sha256 == {
+                f"cardiac_{model}_segmentation": file_sha256(segmentation),
+                "cardiac_segmentation_failure": file_sha256(weights),
+            }
 
 
 @pytest.mark.parametrize("weights", sorted((ROOT / "bundles").glob("*/models/*.pt")), ids=lambda path: path.name)

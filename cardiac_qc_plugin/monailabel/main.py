@@ -37,7 +37,7 @@ def copy_bundles(target: Path) -> None:
 def check_request(value: Any, name: str = "request") -> None:
     """Refuse what a request must not hold: MONAI would run text that begins like an expression of a configuration.
 
-    A number of samples is whole, or the text of one; 2.5 would be taken as 2.
+    Numbers of samples and turns are whole, or the text of one; 2.5 would be taken as 2.
 
     Raises:
         HTTPException: 422, with the entry.
@@ -55,13 +55,13 @@ def check_request(value: Any, name: str = "request") -> None:
             torch.device(name_to_device(value))
         except (RuntimeError, TypeError) as error:
             raise HTTPException(422, f"There is no device '{value}'.") from error
-    elif name == "samples":
+    elif name in ("samples", "turns"):
         try:
             whole = int(value) == float(value)
         except (TypeError, ValueError, OverflowError):
             whole = False
         if not whole:
-            raise HTTPException(422, f"samples is a whole number, got {value!r}.")
+            raise HTTPException(422, f"{name} is a whole number, got {value!r}.")
 
 
 class CardiacQCApp(MONAILabelApp):

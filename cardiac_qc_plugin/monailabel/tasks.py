@@ -78,6 +78,7 @@ class CardiacQC(InferTask):
             name_to_device(options["device"]),
             self.bundles,
             options.get("threshold"),
+            int(options["turns"]),
         )
         image_id = request.get("image_id")
         if image_id not in self.datastore.list_images():  # a file that came with the request
@@ -105,7 +106,7 @@ class CardiacQC(InferTask):
             "scores": qc["scores"],
             "volume_ml": segmentation["volume_ml"],
             "pairwise_dice": segmentation["pairwise_dice"],
-            **{key: segmentation[key] for key in ("bundle", "weights_sha256", "samples", "seed")},
+            **{key: segmentation[key] for key in ("bundle", "weights_sha256", "samples", "turns", "seed")},
             **{key: detection[key] for key in ("map", "threshold", "region_size", "n_regions")},
         }
         with tempfile.NamedTemporaryFile(suffix=".nii.gz", delete=False) as copy:

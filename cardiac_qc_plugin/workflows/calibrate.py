@@ -424,21 +424,22 @@ def split_coverage(calibration: Calibration, splits: int = SPLITS) -> list[dict[
 
 
 def load_calibration(segmenter: BundlePredictor, detector: BundlePredictor, path: str | Path | None) -> Calibration:
-    """The calibration of a detector: a file, or the one beside its weights.
+    """The calibration of a detector: a file, or the one beside its weights, of scans seen in as many quarter turns.
 
     Raises:
         ValueError: if there is none, or it is for other weights, another map, or other samples or turns.
     """
+    turns = segmenter.config.get("turns", 1)
     if path is None:
         weights = Path(detector.config.get_parsed_content("ckpt_path"))
-        path = weights.with_name(f"{weights.stem}_calibration.json")
+        path = weights.with_name(f"{weights.stem}{f'_turns{turns}' if turns > 1 else ''}_calibration.json")
     result = read_calibration(Path(path))
     map = detector.config["map"]
     expected = {
         "model": short_name(segmenter.name),
         "map": map,
         "samples": segmenter.config["samples"] if map == "bmap" else None,
-        "turns": segmenter.config.get("turns", 1),
+        "turns": turns,
         "weights_sha256": {bundle.name: bundle.weights_sha256 for bundle in (segmenter, detector)},
     }
     for key, value in expected.items():

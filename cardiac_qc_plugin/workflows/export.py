@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 VENDORED = "scripts"
 LARGE = 25_000_000  # bytes; the zoo takes no larger file
 WEIGHTS = {".pt", ".ts", ".onnx"}
+BESIDE = ("_operating_point.json", "_calibration.json", "_turns4_calibration.json")  # weights that they belong to
 YAML = {".yaml", ".yml"}
 OWN_ENTRIES = {"monai", "torch", "numpy"}  # metadata has an entry of its own for the version of each
 
@@ -201,7 +202,7 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
     found = [path for path in (folder / "models").glob("*") if path.suffix in WEIGHTS | {".json"}]
     files = {f"models/{path.name}": path for path in found}
     if weights is not None:
-        for suffix in (".pt", "_operating_point.json", "_calibration.json"):  # what belongs to the bundle's own, too
+        for suffix in (".pt", *BESIDE):
             files.pop(f"models/model{suffix}", None)
             given = Path(weights) if suffix == ".pt" else Path(os.path.splitext(weights)[0] + suffix)
             if suffix == ".pt" or given.is_file():

@@ -46,7 +46,7 @@ def test_samples_are_a_whole_number(check_request, samples):
 
 @pytest.mark.parametrize("samples", [0, 2, 10.0, "10", [10]])
 def test_whole_numbers_of_samples_pass(check_request, samples):
-    check_request({"model": "cardiac_qc", "samples": samples})
+    check_request({"model": "cardiac_qc", "samples": samples, "turns": samples})
 
 
 def test_expressions_of_a_configuration_are_refused(check_request):

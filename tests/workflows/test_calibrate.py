@@ -322,8 +322,14 @@ def test_promises_that_run_refuses(bundles, tmp_path, run_command):
     with pytest.raises(ValueError, match="made for the samples 2, but this run has 3"):
         promised_threshold(*other, catch=0.9)
     turned = load_models("dn", "bmap", 2, "cpu", root, turns=4)
-    with pytest.raises(ValueError, match="made for the turns 1, but this run has 4"):
+    with pytest.raises(ValueError, match=r"models/dn_bmap_turns4_calibration\.json: no such file"):
         promised_threshold(*turned, catch=0.9)
+    beside = root / "cardiac_segmentation_failure" / "models" / "dn_bmap_turns4_calibration.json"
+    calibration.write(beside)
+    with pytest.raises(ValueError, match="turns4_calibration.json: made for the turns 1, but this run has 4"):
+        promised_threshold(*turned, catch=0.9)
+    edit(beside, lambda record: record.update(turns=4))
+    assert promised_threshold(*turned, catch=0.9)[1] == promised_threshold(*models, catch=0.9)[1]
     path = tmp_path / "other.json"
     calibration.write(path)
     edit(path, lambda record: record["weights_sha256"].update(cardiac_segmentation_failure="0"))
