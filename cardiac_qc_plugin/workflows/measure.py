@@ -110,11 +110,11 @@ def measure_case(case: str, folder: Path, references: References, apex: str = "l
     patient, phase = patient_and_phase(case, reference_path)
     segmentation = read_labels(folder / SEGMENTATION_FILE)
     reference = read_reference(reference_path, segmentation)
-    maps = {
-        name: read_map(folder / file, segmentation) for name, file in MAP_FILES.items() if (folder / file).is_file()
-    }
     qc_path = folder / "qc.json"
     qc = read_json(qc_path) if qc_path.is_file() else {}
+    sampled = qc.get("segmentation", {}).get("samples", 2) > 1  # else the b-map is 0 everywhere, and measures nothing
+    files = {name: folder / file for name, file in MAP_FILES.items() if sampled or name != "bmap"}
+    maps = {name: read_map(path, segmentation) for name, path in files.items() if path.is_file()}
     threshold, detection = None, {}
     if "detection" in qc and (folder / PROBABILITY_FILE).is_file():
         threshold = qc["detection"].get("threshold")

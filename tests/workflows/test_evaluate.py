@@ -242,6 +242,18 @@ def test_risk_coverage(evaluated, name, file):
     assert found["best_normalized_area"]["mean"] < normalized < 0.5
 
 
+def test_a_map_of_no_samples_measures_nothing(tmp_path):
+    """The b-map of a run for the e-map is 0 everywhere."""
+    (case,) = write_patients(tmp_path, 1).keys() - {"patient001_frame05"}
+    path = tmp_path / "run" / case / "qc.json"
+    for samples, maps in ((2, {"emap", "bmap"}), (0, {"emap"}), (1, {"emap"})):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "segmentation": {"samples": samples}}))
+        evaluate(path.parent, tmp_path / "acdc", tmp_path / "out")
+        found = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert set(found["risk_coverage"]) == maps
+        assert {name for name in found["scan_level"] if "map" in name} == {f"mean_{name}" for name in maps}
+
+
 def test_scan_scores(evaluated):
     root, cases, _ = evaluated
     risk = np.array(
