@@ -176,7 +176,7 @@ def run(
             patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
         engine: local, or ray: over the workers of a Ray cluster, for cohorts (docs/scaling.md).
-        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        address: of a running Ray cluster, auto or HOST:PORT; else RAY_ADDRESS, or one is started on this machine.
         workers: of the Ray cluster; by default as many as it has room for.
         worker_cpus: CPUs, and threads, of a worker.
         worker_gpus: GPUs of a worker; 0.25 lets four share one.
@@ -624,7 +624,7 @@ def reproduce(
         device: auto, cpu, cuda, ...
         bundle_dir: folder of the bundles, instead of the repository's.
         engine: local, or ray: stages that do not need each other at the same time, over a Ray cluster.
-        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        address: of a running Ray cluster, auto or HOST:PORT; else RAY_ADDRESS, or one is started on this machine.
         worker_cpus: CPUs, and threads, of a stage.
         worker_gpus: GPUs of a stage that trains, segments or detects.
     """

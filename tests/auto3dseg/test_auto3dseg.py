@@ -147,6 +147,7 @@ def test_ensemble_is_the_mean_and_its_map_the_disagreement(trained):
     np.testing.assert_allclose(written["entropy"].get_fdata(), entropy, atol=1e-5)
     record = json.loads((folder / "qc.json").read_text())["segmentation"]
     assert record["members"] == ["bayesdn_0", "bayesdn_1"] and record["samples"] == 2
+    assert record["turns"] == 1 and EnsembleSegmenter(trained / "out", turns=2).config["turns"] == 2
 
 
 def test_stock_ensemble_and_ours_run_on_the_same_folder(trained, tmp_path):
