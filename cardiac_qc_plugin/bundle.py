@@ -248,12 +248,14 @@ def load_segmenter(
         turns: quarter turns in which slices are seen, 1 to 4.
 
     Raises:
-        ValueError: for an unknown network or map, or a bundle that is missing or has no weights.
+        ValueError: for an unknown network or map, a b-map of fewer than two samples, or a bundle that is missing or has
+            no weights.
     """
     if model not in NETWORKS:
         raise ValueError(f"The model is dn, drn or unet, got '{model}'.")
     if map not in MAP_FILES:
         raise ValueError(f"The map is bmap or emap, got '{map}'.")
+    check_samples(map, samples)
     settings = {"map": map, "samples": samples} | ({} if turns == 1 else {"turns": turns})  # which not all bundles have
     return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, **settings)
 
@@ -275,9 +277,8 @@ def load_models(
         threshold: failure probability from which a region is flagged; None for the detector's operating point.
 
     Raises:
-        ValueError: as :func:`load_segmenter`; for a b-map of fewer than two samples; if there is no such detector.
+        ValueError: as :func:`load_segmenter`; or if there is no such detector.
     """
-    check_samples(map, samples)
     return load_segmenter(model, map, samples, device, root, turns), load_detector(model, map, device, root, threshold)
 
 

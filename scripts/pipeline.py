@@ -155,11 +155,12 @@ def run(
             ray, an fsspec URL of a bucket as well.
         model: segmentation network: dn, drn or unet.
         map: uncertainty map for the detection: bmap (Monte Carlo dropout) or emap (entropy).
-        samples: Monte Carlo samples T.
+        samples: Monte Carlo samples T. With the e-map also 0, which is faster; then there are no intervals, and the
+            worklist goes by the expected number of failing regions.
         turns: quarter turns in which slices are seen, 1 to 4: with 4 each sample, and each of four passes without
             dropout, sees another (test-time augmentation).
-        sample_phases: phases of a cine that are sampled for the b-map: all, or ed_es. With ed_es the others have the
-            e-map, and end-diastole and end-systole are found with it; about T times faster.
+        sample_phases: phases of a cine that are sampled: all, or ed_es. With ed_es the others have the e-map, of one
+            pass without dropout; end-diastole and end-systole are found with it. Takes about half the time.
         ed: phase of end-diastole in all cines, numbered from 0 as in the results; by default it is taken from ACDC's
             Info.cfg, or found from the LV's volume.
         es: the same for end-systole.
@@ -175,7 +176,7 @@ def run(
             patient_name or folder.
         bundle_dir: folder of the bundles, instead of the repository's.
         engine: local, or ray: over the workers of a Ray cluster, for cohorts (docs/scaling.md).
-        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        address: of a running Ray cluster, auto or HOST:PORT; else RAY_ADDRESS, or one is started on this machine.
         workers: of the Ray cluster; by default as many as it has room for.
         worker_cpus: CPUs, and threads, of a worker.
         worker_gpus: GPUs of a worker; 0.25 lets four share one.
@@ -239,7 +240,7 @@ def segment(
         output: folder for the results; run goes on from them.
         model: segmentation network: dn, drn or unet.
         map: what the segmentation has to go with: bmap (mean of the samples) or emap (deterministic pass).
-        samples: Monte Carlo samples T.
+        samples: Monte Carlo samples T; with 0 (emap only) the b-map is 0.
         turns: as for run.
         device: auto, cpu, cuda, cuda:1, ...
         root: folder that the paths in a datalist or manifest are relative to; its own folder by default.
@@ -509,27 +510,26 @@ def auto3dseg(
         output: AutoRunner's work folder; what is done is skipped when the command is run again.
         algos: bayesdn, bayesdrn, bayesunet, or several of them with commas; all by default.
         num_fold: train the first folds only, so many; all by default.
-        input: scans to segment with the ensemble, as for run but not DICOM; results go to ensemble/ in output.
+        input: scans to segment with the ensemble, as for run; results go to ensemble/ in output.
         bundle_dir: folder of the bundles, instead of the repository's.
         settings: any other option is an entry of the bundles' configs: --iterations 4000 --learning_rate 0.0005.
     """
     from pathlib import Path
 
-    from cardiac_qc_plugin.data.inputs import find_scans
     from cardiac_qc_plugin.workflows.auto3dseg import EnsembleSegmenter
     from cardiac_qc_plugin.workflows.auto3dseg import auto3dseg as auto3dseg_workflow
     from cardiac_qc_plugin.workflows.run import run as run_workflow
 
-    scans = find_scans(input, output=output) if input else []
-    scores = auto3dseg_workflow(datalist, root, output, algos, num_fold, bundle_dir, settings, bool(scans))
+    folder = str(Path(output) / "ensemble")
+    inputs = _gather(input, folder, None, None, None, "study") if input else None  # before hours of training
+    scores = auto3dseg_workflow(datalist, root, output, algos, num_fold, bundle_dir, settings, bool(inputs))
     print("\nMean Dice coefficient on the fold left out:")
     for name, dice in scores.items():
         print(f"  {name}: {dice:.3f}")
-    if scans:
-        folder = Path(output) / "ensemble"
+    if inputs:
         segmenter = EnsembleSegmenter(output)
-        run_workflow(scans, folder, segmenter, None)
-        print(f"{len(scans)} scan(s) segmented by {', '.join(segmenter.members)} in {folder}.")
+        cases = run_workflow(inputs.scans, folder, segmenter, None, inputs.failures)
+        print(f"{len(cases)} scan(s) segmented by {', '.join(segmenter.members)} in {folder}.")
 
 
 def fold_to_bundle(
@@ -624,7 +624,7 @@ def reproduce(
         device: auto, cpu, cuda, ...
         bundle_dir: folder of the bundles, instead of the repository's.
         engine: local, or ray: stages that do not need each other at the same time, over a Ray cluster.
-        address: of a running Ray cluster, auto or HOST:PORT; without it one is started on this machine.
+        address: of a running Ray cluster, auto or HOST:PORT; else RAY_ADDRESS, or one is started on this machine.
         worker_cpus: CPUs, and threads, of a stage.
         worker_gpus: GPUs of a stage that trains, segments or detects.
     """

@@ -78,7 +78,7 @@ class CardiacQC(InferTask):
             name_to_device(options["device"]),
             self.bundles,
             options.get("threshold"),
-            int(options["turns"]),
+            int(options.get("turns", 1)),
         )
         image_id = request.get("image_id")
         if image_id not in self.datastore.list_images():  # a file that came with the request

@@ -137,8 +137,9 @@ class EnsembleSegmenter:
         ensemble.collect_algos()
         self.members = ensemble.inferers(**settings)
         predictors = [member.predictor for member in self.members.values()]
-        self.class_names = predictors[0].config["class_names"]
-        self.config = {"map": "bmap", "samples": len(predictors), "seed": predictors[0].config["seed"]}
+        own = predictors[0].config
+        self.class_names = own["class_names"]
+        self.config = {"map": "bmap", "samples": len(predictors), "turns": own.get("turns", 1), "seed": own["seed"]}
         self.inferer = SimpleNamespace(progress=lambda share: None)  # the pipeline puts its progress bar here
         self.weights_sha256 = digest(*(predictor.weights_sha256 for predictor in predictors))
         self.digest = digest(*(predictor.digest for predictor in predictors))

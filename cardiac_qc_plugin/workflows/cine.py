@@ -134,7 +134,7 @@ def choose_phases(cine: Cine) -> Given:
     """End-diastole and end-systole: given, else found.
 
     Raises:
-        ValueError: if a given phase is not among the cine's.
+        ValueError: if a given phase is not among the cine's, or the other one is found to be the same.
     """
     for phase in cine.given:
         if phase is not None and phase not in cine.phases:
@@ -142,7 +142,13 @@ def choose_phases(cine: Cine) -> Given:
                 f"{cine.name}: there is no phase {phase} among its {len(cine.phases)}, or it could not be processed. "
                 "See --ed and --es."
             )
-    return tuple(one if one is not None else other for one, other in zip(cine.given, cine.find(), strict=True))
+    ed, es = (one if one is not None else other for one, other in zip(cine.given, cine.find(), strict=True))
+    if ed is not None and ed == es:  # volumes do not change: an EF of 0 %, and nothing odd about it
+        raise ValueError(
+            f"{cine.name}: phase {ed} would be both end-diastole and end-systole ({origin((ed, es), cine.given)}). "
+            "Give both, --ed and --es."
+        )
+    return ed, es
 
 
 def plan_phases(cine: Cine, made_of: str) -> Given:

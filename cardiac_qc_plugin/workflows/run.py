@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cardiac_qc_plugin import __version__
-from cardiac_qc_plugin.bundle import BundlePredictor, load_detector, load_models
+from cardiac_qc_plugin.bundle import BundlePredictor, load_detector, load_models, load_segmenter
 from cardiac_qc_plugin.data.inputs import PHASE, Scan
 from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, REGIONS_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
@@ -91,7 +91,7 @@ def load_predictors(
     :func:`~cardiac_qc_plugin.workflows.calibrate.promised_threshold`.
 
     Args:
-        sample_phases: phases of a cine that are sampled for the b-map: ``"all"`` or ``"ed_es"``.
+        sample_phases: phases of a cine that are sampled: ``"all"`` or ``"ed_es"``.
 
     Raises:
         ValueError: as these; for another `sample_phases`; or for a threshold beside a promise, which sets it.
@@ -107,12 +107,11 @@ def load_predictors(
             )
         models = models[0], load_detector(model, map, device, root, promise.threshold)
         models[1].promise = asdict(promise)
-    preview = (
-        load_models(model, "emap", 0, device, root, threshold, turns)
-        if map == "bmap" and sample_phases == "ed_es"
-        else None
-    )
-    return models, preview
+    if sample_phases == "all" or samples == 0:
+        return models, None
+    own = map == "emap"  # whose detector, and promise, are for all phases
+    detector = models[1] if own else load_detector(model, "emap", device, root, threshold)
+    return models, (load_segmenter(model, "emap", 0, device, root, turns), detector)
 
 
 def digest(*parts: Any) -> str:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import monai.bundle
@@ -24,10 +25,15 @@ from cardiac_qc_plugin.auto3dseg.fold import validate
 from cardiac_qc_plugin.bundle import find_bundle
 from cardiac_qc_plugin.checkpoints import load_weights
 from cardiac_qc_plugin.data.acdc import acdc_datalist
-from cardiac_qc_plugin.data.phantom import write_acdc_like
+from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.workflows.auto3dseg import EnsembleSegmenter, auto3dseg
 from cardiac_qc_plugin.workflows.files import write_json
 from cardiac_qc_plugin.workflows.fold_to_bundle import fold_to_bundle
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from dicom_files import PHASES  # noqa: E402
+from dicom_files import cine as dicom_cine  # noqa: E402
+from dicom_files import write as write_dicom  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 DN = "cardiac_dn_segmentation"
@@ -141,6 +147,7 @@ def test_ensemble_is_the_mean_and_its_map_the_disagreement(trained):
     np.testing.assert_allclose(written["entropy"].get_fdata(), entropy, atol=1e-5)
     record = json.loads((folder / "qc.json").read_text())["segmentation"]
     assert record["members"] == ["bayesdn_0", "bayesdn_1"] and record["samples"] == 2
+    assert record["turns"] == 1 and EnsembleSegmenter(trained / "out", turns=2).config["turns"] == 2
 
 
 def test_stock_ensemble_and_ours_run_on_the_same_folder(trained, tmp_path):
@@ -341,6 +348,24 @@ def test_bad_requests_are_refused_in_one_line(data, tmp_path):
     assert refusal(algos="bayesdn,bayesmlp") == expected
     assert "has no setting 'itertions'" in refusal(settings={"itertions": 3})
     assert "no MONAI bundle there" in refusal(bundle_dir=tmp_path)
+
+
+def test_input_from_dicom(command, tmp_path, monkeypatch):
+    """Is made NIfTI before the training, beside what lies there as NIfTI; nothing of it is dropped without a word."""
+    write_dicom(tmp_path / "in", dicom_cine())
+    write_phantom(tmp_path / "in", "other", ShortAxisPhantom(shape=(40, 40), n_slices=2), phases={"ed": 0.0})
+    calls = []
+    workflows = "cardiac_qc_plugin.workflows"
+    monkeypatch.setattr(f"{workflows}.auto3dseg.auto3dseg", lambda *args: calls.append(args) or {"bayesdn_0": 0.5})
+    monkeypatch.setattr(f"{workflows}.auto3dseg.EnsembleSegmenter", lambda output: SimpleNamespace(members=["a", "b"]))
+    monkeypatch.setattr(f"{workflows}.run.run", lambda scans, *args: calls.append((scans, *args)) or scans)
+    words = ("--datalist", "folds.json", "--root", "data", "--output", tmp_path / "out", "--input", tmp_path / "in")
+    result = command("auto3dseg", *words)
+    assert result.returncode == 0, result.stderr
+    assert f"{PHASES + 1} scan(s) segmented by a, b in {tmp_path / 'out' / 'ensemble'}." in result.stdout
+    (*_, ensemble), (scans, folder, *_) = calls
+    assert ensemble and folder == str(tmp_path / "out" / "ensemble")
+    assert all(scan.path.is_file() for scan in scans) and scans[-1].case == "other_ed"
 
 
 def test_ensemble_needs_two_members(trained):

@@ -21,7 +21,7 @@ from cardiac_qc_plugin.workflows.cine import (
     write_indices,
 )
 from cardiac_qc_plugin.workflows.files import write_json
-from cardiac_qc_plugin.workflows.run import CaseFailures, run
+from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors, run
 
 LV = [120, 108, 90, 60, 64, 75, 92, 110]
 
@@ -98,6 +98,13 @@ def test_given_phases_are_respected(tmp_path):
     assert (record["ed_phase"], record["es_phase"]) == (4, 0)
     with pytest.raises(ValueError, match="no phase 9 among its 8"):
         written(cine(tmp_path), tmp_path, given=(9, None))
+
+
+@pytest.mark.parametrize(("given", "phase", "which"), [((3, None), 3, "ED given"), ((None, 0), 0, "ES given")])
+def test_one_phase_is_not_both(tmp_path, given, phase, which):
+    """An ejection fraction of 0 % would look like a finding."""
+    with pytest.raises(ValueError, match=f"heart: phase {phase} would be both .*{which}.* Give both, --ed and --es"):
+        written(cine(tmp_path), tmp_path, given)
 
 
 def test_acdc_tells_phases_height_and_weight(tmp_path):
@@ -255,6 +262,17 @@ def test_samples_at_ed_and_es_only(bundles, tmp_path):  # noqa: F811
     assert "LV EF" in (tmp_path / "out" / "report.html").read_text()
     page = (tmp_path / "out" / "heart_4d" / "phase01" / "report.html").read_text()
     assert 'id="volumes"' in page and "../phase00/report.html" in page
+
+
+def test_samples_at_ed_and_es_only_with_the_e_map(bundles, tmp_path):  # noqa: F811
+    phantom = ShortAxisPhantom(seed=1, shape=(40, 40), n_slices=2, spacing=(4.0, 4.0, 20.0))
+    path = write_phantom(tmp_path / "in", "heart", phantom, cine_frames=4, with_labels=False)["4d"]
+    models, preview = load_predictors("dn", "emap", 3, "ed_es", "cpu", bundles)
+    assert preview[1] is models[1]  # so a promise is for all phases
+    cases = run(find_scans(path), tmp_path / "out", *models, preview=preview, given=(0, 2))
+    assert [qc["segmentation"]["samples"] for qc in cases] == [3, 0, 3, 0]
+    assert {qc["detection"]["map"] for qc in cases} == {"emap"}
+    assert load_predictors("dn", "emap", 0, "ed_es", "cpu", bundles)[1] is None  # nothing is sampled anyway
 
 
 def test_a_corrected_info_makes_a_new_plan(bundles, tmp_path):  # noqa: F811

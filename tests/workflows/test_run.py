@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from tiny_bundles import write_bundles
 
-from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.bundle import BundlePredictor, load_segmenter
 from cardiac_qc_plugin.checkpoints import save_weights
 from cardiac_qc_plugin.data import scan_items
 from cardiac_qc_plugin.data.inputs import find_scans
@@ -96,6 +96,12 @@ def test_files_of_a_case(scan, predictors, tmp_path):
     row = pd.read_csv(tmp_path / "worklist.csv").iloc[0]
     assert row["case"] == "oblique" and row["regions_flagged"] == len(regions)
     assert (tmp_path / "report.html").is_file() and (tmp_path / "oblique" / "report.html").is_file()
+
+
+def test_a_b_map_of_one_sample_is_refused(bundles):
+    """Before hours of segmentation, which no detector could learn from."""
+    with pytest.raises(ValueError, match="The b-map needs 2 samples or more, got 1"):
+        load_segmenter("dn", "bmap", 1, "cpu", bundles)
 
 
 def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_path):
