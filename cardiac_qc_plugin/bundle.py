@@ -20,6 +20,7 @@ __all__ = [
     "SegmentWithBundled",
     "find_bundle",
     "find_detectors",
+    "find_device",
     "load_detector",
     "load_models",
     "load_segmenter",

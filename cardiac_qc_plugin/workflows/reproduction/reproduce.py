@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cardiac_qc_plugin.bundle import find_device
 from cardiac_qc_plugin.reports.reproduction import write_reproduction
 
 from ..cohort.pool import Cluster
@@ -35,9 +36,11 @@ def reproduce(
         What was done, and the stages that failed.
 
     Raises:
-        ValueError: see `Settings`.
+        ValueError: see `Settings`; or there is no such device.
         OSError: the output cannot be written.
     """
+    if cluster is None and settings.device != "auto":
+        find_device(settings.device)  # or every stage would fail of it; workers of a cluster may have others
     budget = Budget(budget_minutes)
     grid = Grid(settings)
     stages = grid.by_fold()
