@@ -1,6 +1,7 @@
 """The cases of a folder, one by one, and the reference labels that belong to them."""
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Outcome:
 def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> tuple[dict[str, T], dict[str, str]]:
     """Call `work` with name and folder of every case under `root`; a broken case does not stop the others.
 
+    Phases of a cine without labels are left out, with a word on stderr, if another phase of it has labels.
+
     Args:
         root: output folder of an earlier stage, or one case's folder.
         work: raises ValueError for a case that it cannot do; other errors stop all.
@@ -60,7 +63,7 @@ def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> t
     Raises:
         ValueError: there is no case.
     """
-    results, failures = {}, {}
+    results, failures, unlabelled = {}, {}, set()
     for folder in tqdm(case_folders(root), desc=description, unit="case", disable=None):
         name = folder.resolve().relative_to(root.resolve()).as_posix()
         name = folder.resolve().name if name == "." else name
@@ -68,7 +71,12 @@ def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> t
             results[name] = work(name, folder)
         except ValueError as error:
             failures[name] = str(error)
-    return results, failures
+            unlabelled |= {name} if isinstance(error, MissingLabels) else set()
+    cines = {match[1] for name in (results | failures).keys() - unlabelled if (match := PHASE.fullmatch(name))}
+    left_out = [name for name in unlabelled if (match := PHASE.fullmatch(name)) and match[1] in cines]
+    if left_out:
+        print(f"{description}: {len(left_out)} phases of cines have no labels, and are left out.", file=sys.stderr)
+    return results, {name: message for name, message in failures.items() if name not in left_out}
 
 
 class MissingLabels(ValueError):
@@ -81,7 +89,8 @@ class References:
     For a case ``patient001_frame01``, anywhere under the folder: ``patient001_frame01_gt.nii.gz`` or
     ``_seg.nii.gz``; failing these ``patient001_frame01/segmentation.nii.gz``, as the stages write it; failing
     that ``patient001_frame01.nii.gz``, which beside a ``_gt`` file is the scan. ``.nii`` serves as well. A case that
-    was named by its folder, ``patient001_sax`` for ``patient001/sax.nii.gz``, has its labels in that folder.
+    was named by its folder, ``patient001_sax`` for ``patient001/sax.nii.gz``, has its labels in that folder. A phase of
+    a cine that has none by its own name, ``patient001_4d/phase00``, has those of ACDC's frame, which count from 1.
 
     Args:
         root: the folder; it is read once.
@@ -119,18 +128,15 @@ class References:
             MissingLabels: there is none.
             ValueError: there is more than one equally good.
         """
-        wanted = tuple(case.split("/"))
-        found = [
-            (rank, path)
-            for rank, parts, path in self.files.get(wanted[-1], [])
-            if parts[-len(wanted) :] == wanted and path.parent.resolve() != own.resolve()
-        ]
+        frame = PHASE.sub(lambda match: f"{match[1].removesuffix('_4d')}_frame{int(match[2]) + 1:02d}", case)
+        found = self._named(case, own) or self._named(frame, own)
         lowest = min((rank for rank, _ in found), default=0)
         best = [path for rank, path in found if rank == lowest]
         if not best:
             raise MissingLabels(
                 f"{self.root}: no label file for {case}. Looked there and in all folders below for "
-                f"{case}_gt.nii.gz, {case}_seg.nii.gz, {case}/segmentation.nii.gz, {case}.nii.gz (or .nii)."
+                f"{case}_gt.nii.gz, {case}_seg.nii.gz, {case}/segmentation.nii.gz, {case}.nii.gz (or .nii)"
+                f"{f', and for {frame}' if frame != case else ''}."
             )
         if len(best) > 1:
             raise ValueError(
@@ -138,6 +144,15 @@ class References:
                 "Keep one of them, or give a folder with only one."
             )
         return best[0]
+
+    def _named(self, case: str, own: Path) -> list[tuple[int, Path]]:
+        """Label files of a case by its name, outside of its own folder; the lower the number, the better."""
+        wanted = tuple(case.split("/"))
+        return [
+            (rank, path)
+            for rank, parts, path in self.files.get(wanted[-1], [])
+            if parts[-len(wanted) :] == wanted and path.parent.resolve() != own.resolve()
+        ]
 
 
 def read_labels(path: Path) -> Volume:
@@ -223,21 +238,19 @@ def patient_and_phase(case: str, reference: Path) -> tuple[str, str]:
     """Patient of a case, and its phase: "ED", "ES" or "unknown".
 
     ``<patient>_ed`` and ``<patient>_es`` tell both. The phase of ``<patient>_frame01`` is in the ``Info.cfg``
-    that ACDC has beside the reference. The phases of a cine, ``<patient>/phase00``, are unknown.
+    that ACDC has beside the reference; so is that of a cine's, ``<patient>_4d/phase00``, whose reference is such a
+    frame's. Other phases of cines are unknown.
 
     Raises:
         ValueError: if that ``Info.cfg`` does not give the frames of end-diastole and end-systole.
     """
     if match := re.fullmatch(r"(.+)_(ed|es)", case, re.IGNORECASE):
         return match[1], match[2].upper()
-    if match := PHASE.fullmatch(case):
-        return match[1], "unknown"
-    match = re.fullmatch(r"(.+)_frame(\d+)", case)
-    if not match:
-        return case, "unknown"
-    info = reference.parent / "Info.cfg"
-    if not info.is_file():
-        return match[1], "unknown"
+    cine, info = PHASE.fullmatch(case), reference.parent / "Info.cfg"
+    match = re.match(r"(.+)_frame(\d+)", reference.name) if cine else re.fullmatch(r"(.+)_frame(\d+)", case)
+    patient = cine[1] if cine else match[1] if match else case
+    if not match or not info.is_file():
+        return patient, "unknown"
     frames = read_info(info)
     phases = {int(frames[phase]): phase for phase in ("ED", "ES")}
-    return match[1], phases.get(int(match[2]), "unknown")
+    return patient, phases.get(int(match[2]), "unknown")

@@ -13,7 +13,13 @@ from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.correct import correct
 from cardiac_qc_plugin.workflows.files import read_volume
-from cardiac_qc_plugin.workflows.references import References, patient_and_phase, read_labels, read_reference
+from cardiac_qc_plugin.workflows.references import (
+    MissingLabels,
+    References,
+    patient_and_phase,
+    read_labels,
+    read_reference,
+)
 
 CASE = "patient001_frame01"
 
@@ -396,6 +402,23 @@ def test_references_of_cases_that_are_named_by_their_folder(tmp_path):
     references = References(tmp_path)
     for scan in find_scans(tmp_path):
         assert references.find(scan.case, tmp_path / "run") == scan.path.parent / "sax_gt.nii.gz"
+
+
+def test_references_of_acdcs_cine_are_its_frames(tmp_path):
+    """Of which phase 0 is frame 1; a label file by the phase's own name comes first."""
+    for number in (1, 12):
+        save(tmp_path / "patient001" / f"patient001_frame{number:02d}_gt.nii.gz", heart(1))
+    references, own = References(tmp_path), tmp_path / "run"
+    found = references.find("patient001_4d/phase11", own)
+    assert found == tmp_path / "patient001" / "patient001_frame12_gt.nii.gz"
+    assert references.find("patient001/phase00", own).name == "patient001_frame01_gt.nii.gz"
+    with pytest.raises(MissingLabels, match=r"for patient001_4d/phase01\. .*, and for patient001_frame02\."):
+        references.find("patient001_4d/phase01", own)
+    assert patient_and_phase("patient001_4d/phase11", found) == ("patient001_4d", "unknown")
+    (tmp_path / "patient001" / "Info.cfg").write_text("ED: 1\nES: 12\n")
+    assert patient_and_phase("patient001_4d/phase11", found) == ("patient001_4d", "ES")
+    save(tmp_path / "patient001_4d" / "phase11_gt.nii.gz", heart(1))
+    assert References(tmp_path).find("patient001_4d/phase11", own).name == "phase11_gt.nii.gz"
 
 
 def test_patient_and_phase(tmp_path):

@@ -359,6 +359,26 @@ def test_corrected_folder_alone_has_segmentation_only_and_no_old_curves(run):
     assert not list((root / "out").glob("figures/*")) + list((root / "out").glob("curves/*"))
 
 
+def test_a_cine_with_labels_at_two_phases(tmp_path, capsys):
+    """ACDC's: frames 1 and 5. The other phases are left out, but not those of a cine without any labels."""
+    write_patients(tmp_path, 1)
+    evaluate(tmp_path / "run", tmp_path / "acdc", tmp_path / "frames")
+    cine = tmp_path / "cines" / "patient001_4d"
+    for phase in range(6):
+        frame = "patient001_frame05" if phase == 4 else "patient001_frame01"
+        shutil.copytree(tmp_path / "run" / frame, cine / f"phase{phase:02d}")
+    outcome = evaluate(tmp_path / "cines", tmp_path / "acdc", tmp_path / "out")
+    assert not outcome.failures
+    assert "4 phases of cines have no labels, and are left out" in capsys.readouterr().err
+    found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "frames"))
+    for key in ("n_cases", "segmentation", "mean_dice", "clinical"):
+        assert found[key] == expected[key]
+    assert set(found["segmentation"]) == {"ED", "ES"} and found["clinical"]["lv_ef"]["n"] == 1
+    shutil.copytree(cine / "phase01", tmp_path / "cines" / "other_4d" / "phase00")
+    outcome = evaluate(tmp_path / "cines", tmp_path / "acdc", tmp_path / "out")
+    assert list(outcome.failures) == ["other_4d/phase00"]
+
+
 def test_unknown_phase_has_its_own_columns_and_no_patient(tmp_path):
     reference = heart(1)
     save(tmp_path / "labels" / "scan_gt.nii.gz", reference)
