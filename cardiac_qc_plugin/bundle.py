@@ -61,6 +61,11 @@ def check_samples(map: str, samples: int) -> None:
         raise ValueError(f"The b-map needs 2 samples or more, got {samples}. Without sampling, use the e-map.")
 
 
+def sampling_settings(map: str, samples: int, turns: int) -> dict[str, Any]:
+    """Entries of a segmentation bundle's config; turns only where they are asked for, since older bundles have none."""
+    return {"map": map, "samples": samples} | ({} if turns == 1 else {"turns": turns})
+
+
 def find_device(name: str) -> torch.device:
     """A torch device by its name.
 
@@ -194,6 +199,7 @@ class SegmentWithBundled(Transform):
         map: ``"bmap"`` or ``"emap"``, the uncertainty map.
         samples: Monte Carlo samples T.
         device: see :class:`BundlePredictor`.
+        turns: quarter turns in which slices are seen, 1 to 4.
         settings: others of the segmentation bundle, such as ``seed`` and ``amp``.
 
     Adds ``segmentation`` and ``uncertainty``, both ``(1, H, W, D)`` on the scan's own grid, to data whose ``image`` was
@@ -205,12 +211,19 @@ class SegmentWithBundled(Transform):
     """
 
     def __init__(
-        self, folder: str | Path, map: str, samples: int, device: torch.device | str = "auto", **settings: Any
+        self,
+        folder: str | Path,
+        map: str,
+        samples: int,
+        device: torch.device | str = "auto",
+        turns: int = 1,
+        **settings: Any,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.map = map
         self.samples = samples
+        self.turns = turns
         self.device = str(device)
         self.predictor: BundlePredictor | None = None
 
@@ -230,7 +243,8 @@ class SegmentWithBundled(Transform):
                     "(segmentation_bundle); or give segmentations and maps (predictions_dir)."
                 )
             samples = self.samples if self.map == "bmap" else 0  # the e-map needs none
-            self.predictor = BundlePredictor(self.folder, self.device, map=self.map, samples=samples, **self.settings)
+            settings = self.settings | sampling_settings(self.map, samples, self.turns)
+            self.predictor = BundlePredictor(self.folder, self.device, **settings)
         result = self.predictor({"image": path})
         return {**d, "segmentation": result["pred"], "uncertainty": result[self.map]}
 
@@ -257,8 +271,8 @@ def load_segmenter(
     if map not in MAP_FILES:
         raise ValueError(f"The map is bmap or emap, got '{map}'.")
     check_samples(map, samples)
-    settings = {"map": map, "samples": samples} | ({} if turns == 1 else {"turns": turns})  # which not all bundles have
-    return BundlePredictor(find_bundle(f"cardiac_{model}_segmentation", root), device, **settings)
+    folder = find_bundle(f"cardiac_{model}_segmentation", root)
+    return BundlePredictor(folder, device, **sampling_settings(map, samples, turns))
 
 
 def load_models(

@@ -19,9 +19,11 @@ __all__ = [
     "CHECKPOINT",
     "EpochCheckpoint",
     "SnapshotSaver",
+    "calibration_file",
     "check_version",
     "detector_file",
     "epoch_length",
+    "files_beside",
     "input_channels",
     "load_weights",
     "read_threshold",
@@ -64,7 +66,7 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
         torch.save(state, temporary)
         size = getattr(network, "region_size", None)
         if _trained_region_size(path, size) != size:
-            _operating_point(path).unlink()
+            operating_point_file(path).unlink()
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
@@ -87,11 +89,11 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     size = getattr(network, "region_size", None)
     trained = _trained_region_size(path, size)
     if trained is None and size is not None:
-        raise ValueError(f"{_operating_point(path)}: not the operating point of a detector.")
+        raise ValueError(f"{operating_point_file(path)}: not the operating point of a detector.")
     if trained != size:
         raise ValueError(
-            f"{path}: trained for regions of {trained} pixels, by {_operating_point(path).name}, and used for {size}. "
-            f"Give region_size {trained}."
+            f"{path}: trained for regions of {trained} pixels, by {operating_point_file(path).name}, and used for "
+            f"{size}. Give region_size {trained}."
         )
     network.load_state_dict(state)
     return network
@@ -123,7 +125,7 @@ def input_channels(path: str | Path) -> int:
 
 def _trained_region_size(weights: str | Path, size: int | None) -> int | None:
     """Region size that a detector's operating point tells, ``size`` if it or the file says none; None if damaged."""
-    point = _operating_point(weights)
+    point = operating_point_file(weights)
     if size is None or not point.is_file():
         return size
     try:
@@ -132,8 +134,19 @@ def _trained_region_size(weights: str | Path, size: int | None) -> int | None:
         return None
 
 
-def _operating_point(weights: str | Path) -> Path:
+def operating_point_file(weights: str | Path) -> Path:
+    """A detector's operating point, beside its weights."""
     return Path(f"{os.path.splitext(weights)[0]}_operating_point.json")
+
+
+def calibration_file(weights: str | Path, turns: int = 1) -> Path:
+    """A detector's calibration, beside its weights: one for each number of quarter turns in which scans are seen."""
+    return Path(f"{os.path.splitext(weights)[0]}{f'_turns{turns}' if turns > 1 else ''}_calibration.json")
+
+
+def files_beside(weights: str | Path) -> list[Path]:
+    """What belongs to a detector's weights, whether it is there or not: operating point and calibrations."""
+    return [operating_point_file(weights), *(calibration_file(weights, turns) for turns in range(1, 5))]
 
 
 def detector_file(network: str, map: str) -> str:
@@ -169,7 +182,7 @@ def read_threshold(weights: str | Path) -> float:
     Raises:
         ValueError: if there is no such file, or no threshold in it.
     """
-    path = _operating_point(weights)
+    path = operating_point_file(weights)
     try:
         return float(json.loads(path.read_text())["threshold"])
     except (OSError, ValueError, KeyError, TypeError) as error:

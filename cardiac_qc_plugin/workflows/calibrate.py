@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cardiac_qc_plugin.bundle import BundlePredictor
+from cardiac_qc_plugin.checkpoints import calibration_file
 from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.conformal import InfeasibleRisk, control_risk
 from cardiac_qc_plugin.metrics.detection import VolumeDetection
@@ -431,8 +432,7 @@ def load_calibration(segmenter: BundlePredictor, detector: BundlePredictor, path
     """
     turns = segmenter.config.get("turns", 1)
     if path is None:
-        weights = Path(detector.config.get_parsed_content("ckpt_path"))
-        path = weights.with_name(f"{weights.stem}{f'_turns{turns}' if turns > 1 else ''}_calibration.json")
+        path = calibration_file(detector.config.get_parsed_content("ckpt_path"), turns)
     result = read_calibration(Path(path))
     map = detector.config["map"]
     expected = {

@@ -6,7 +6,6 @@ module is taken; so it must hold nothing but imports, ``__all__`` and constants,
 
 import ast
 import json
-import os
 import re
 import sys
 import zipfile
@@ -20,7 +19,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.bundle import find_bundle
-from cardiac_qc_plugin.checkpoints import input_channels, load_weights, read_threshold
+from cardiac_qc_plugin.checkpoints import files_beside, input_channels, load_weights, read_threshold
 
 from .files import file_sha256, read_json, write_file
 
@@ -31,7 +30,6 @@ ROOT = Path(__file__).parents[1]
 VENDORED = "scripts"
 LARGE = 25_000_000  # bytes; the zoo takes no larger file
 WEIGHTS = {".pt", ".ts", ".onnx"}
-BESIDE = ("_operating_point.json", "_calibration.json", "_turns4_calibration.json")  # weights that they belong to
 YAML = {".yaml", ".yml"}
 OWN_ENTRIES = {"monai", "torch", "numpy"}  # metadata has an entry of its own for the version of each
 
@@ -202,11 +200,10 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
     found = [path for path in (folder / "models").glob("*") if path.suffix in WEIGHTS | {".json"}]
     files = {f"models/{path.name}": path for path in found}
     if weights is not None:
-        for suffix in (".pt", *BESIDE):
-            files.pop(f"models/model{suffix}", None)
-            given = Path(weights) if suffix == ".pt" else Path(os.path.splitext(weights)[0] + suffix)
-            if suffix == ".pt" or given.is_file():
-                files[f"models/model{suffix}"] = given
+        files["models/model.pt"] = Path(weights)
+        for own, given in zip(files_beside("models/model.pt"), files_beside(weights), strict=True):
+            files.pop(own.as_posix(), None)
+            files |= {own.as_posix(): given} if given.is_file() else {}
     elif "models/model.pt" not in files:
         raise ValueError(f"{folder}/models/model.pt: no such file. Train the bundle, or give weights with --weights.")
     config = ConfigParser()

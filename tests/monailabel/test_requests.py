@@ -36,12 +36,13 @@ def check_request(monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [2.5, "abc", "2.5", "", None, math.inf, math.nan])
-def test_samples_are_a_whole_number(check_request, samples):
-    for request in ({"samples": samples}, {"params": {"samples": [10, samples]}}):
+@pytest.mark.parametrize("name", ["samples", "turns"])
+def test_samples_and_turns_are_whole_numbers(check_request, name, samples):
+    for request in ({name: samples}, {"params": {name: [10, samples]}}):
         with pytest.raises(Exception) as refused:
             check_request(request)
         assert refused.value.status_code == 422
-        assert refused.value.detail == f"samples is a whole number, got {samples!r}."
+        assert refused.value.detail == f"{name} is a whole number, got {samples!r}."
 
 
 @pytest.mark.parametrize("samples", [0, 2, 10.0, "10", [10]])

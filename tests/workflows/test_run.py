@@ -14,9 +14,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from monai.transforms import LoadImage
 from tiny_bundles import write_bundles
 
-from cardiac_qc_plugin.bundle import BundlePredictor, load_segmenter
+from cardiac_qc_plugin.bundle import BundlePredictor, SegmentWithBundled, load_segmenter
 from cardiac_qc_plugin.checkpoints import save_weights
 from cardiac_qc_plugin.data import scan_items
 from cardiac_qc_plugin.data.inputs import find_scans
@@ -102,6 +103,21 @@ def test_a_b_map_of_one_sample_is_refused(bundles):
     """Before hours of segmentation, which no detector could learn from."""
     with pytest.raises(ValueError, match="The b-map needs 2 samples or more, got 1"):
         load_segmenter("dn", "bmap", 1, "cpu", bundles)
+
+
+def test_a_segmentation_bundle_of_before_turns(scan, bundles, tmp_path):
+    """It serves as long as none are asked for, also the failure bundle, whose config has the setting."""
+    folder = Path(shutil.copytree(bundles, tmp_path / "bundles")) / "cardiac_dn_segmentation"
+    path = folder / "configs" / "inference.json"
+    config = json.loads(path.read_text())
+    for place in (config, config["displayable_configs"], config["inferer"]):
+        del place["turns"]
+    path.write_text(json.dumps(config))
+    load_segmenter("dn", "emap", 0, "cpu", folder.parent)
+    image = {"image": LoadImage()(scan)}
+    assert set(SegmentWithBundled(folder, "emap", 0, "cpu", turns=1)(image)) == {"image", "segmentation", "uncertainty"}
+    with pytest.raises(ValueError, match="has no setting 'turns'"):
+        SegmentWithBundled(folder, "emap", 0, "cpu", turns=4)(image)
 
 
 def test_a_second_run_skips_and_a_setting_redoes(scan, bundles, predictors, tmp_path):
