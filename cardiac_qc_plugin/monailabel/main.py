@@ -17,7 +17,7 @@ from monailabel.utils.others.generic import name_to_device
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.bundle import BUNDLES, DETECTOR, find_detectors, root_cause
-from cardiac_qc_plugin.monailabel.tasks import CardiacQC, FineTuning, MostSuspicious, QCScoring
+from cardiac_qc_plugin.monailabel.tasks import OPERATING_POINT, CardiacQC, FineTuning, MostSuspicious, QCScoring
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def copy_bundles(target: Path) -> None:
 def check_request(value: Any, name: str = "request") -> None:
     """Refuse what a request must not hold: MONAI would run text that begins like an expression of a configuration.
 
-    Numbers of samples and turns are whole, or the text of one; 2.5 would be taken as 2.
+    Numbers of samples and turns are whole, or the text of one; 2.5 would be taken as 2. A threshold and a share to
+    catch are numbers, if they are given.
 
     Raises:
         HTTPException: 422, with the entry.
@@ -62,6 +63,11 @@ def check_request(value: Any, name: str = "request") -> None:
             whole = False
         if not whole:
             raise HTTPException(422, f"{name} is a whole number, got {value!r}.")
+    elif name in ("threshold", "catch") and value not in (None, OPERATING_POINT):
+        try:
+            float(value)
+        except (TypeError, ValueError) as error:
+            raise HTTPException(422, f"{name} is a number between 0 and 1, got {value!r}.") from error
 
 
 class CardiacQCApp(MONAILabelApp):

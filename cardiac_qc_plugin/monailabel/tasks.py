@@ -16,15 +16,17 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from cardiac_qc_plugin.bundle import BundlePredictor, load_models
+from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.data.inputs import Scan
-from cardiac_qc_plugin.workflows.run import DETECT_FILES, SEGMENT_FILES, run_case
+from cardiac_qc_plugin.workflows.run import DETECT_FILES, SEGMENT_FILES, load_predictors, run_case
 from cardiac_qc_plugin.workflows.urgency import urgencies
 
 __all__ = ["CardiacQC", "FineTuning", "MostSuspicious", "QCScoring"]
 
 TAGS = {"emap": SEGMENT_FILES["emap"], "bmap": SEGMENT_FILES["bmap"], "failure": DETECT_FILES["regions"]}
 INFO = "cardiac_qc"  # entry of an image's info in the datastore
+OPERATING_POINT = "operating point"
+CATCH = [OPERATING_POINT, "0.8", "0.9", "0.95"]  # what a client may choose from; a request may have any other share
 
 
 def chosen(value: Any) -> Any:
@@ -58,7 +60,7 @@ class CardiacQC(InferTask):
         results: Path,
         datastore: Datastore,
     ) -> None:
-        choice = {"segmentation_model": networks, "map": maps, "device": device_list()}
+        choice = {"segmentation_model": networks, "map": maps, "catch": CATCH, "device": device_list()}
         description = "Segmentation, uncertainty maps, and the regions in which the segmentation probably failed"
         options = {**segmentation.displayable_configs, **choice}
         super().__init__(InferType.SEGMENTATION, segmentation.labels, 3, description, options)
@@ -71,14 +73,16 @@ class CardiacQC(InferTask):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         options = {name: chosen(value) for name, value in {**self.config(), **request}.items()}
-        models = load_models(
+        catch = options["catch"]
+        models, _ = load_predictors(
             options["segmentation_model"],
             options["map"],
             int(options["samples"]),
-            name_to_device(options["device"]),
-            self.bundles,
-            options.get("threshold"),
-            int(options.get("turns", 1)),
+            device=name_to_device(options["device"]),
+            root=self.bundles,
+            threshold=options.get("threshold"),
+            catch=None if catch in (None, OPERATING_POINT) else float(catch),
+            turns=int(options.get("turns", 1)),
         )
         image_id = request.get("image_id")
         if image_id not in self.datastore.list_images():  # a file that came with the request
@@ -104,6 +108,7 @@ class CardiacQC(InferTask):
             "flagged_slices": detection["flagged_slices"],
             "regions": detection["regions"],
             "scores": qc["scores"],
+            "promise": qc["promise"],
             "volume_ml": segmentation["volume_ml"],
             "pairwise_dice": segmentation["pairwise_dice"],
             **{key: segmentation[key] for key in ("bundle", "weights_sha256", "samples", "turns", "seed")},

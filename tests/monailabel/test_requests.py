@@ -54,3 +54,11 @@ def test_expressions_of_a_configuration_are_refused(check_request):
     with pytest.raises(Exception) as refused:
         check_request({"threshold": "$print()"})
     assert "must not begin with '$'" in refused.value.detail
+
+
+@pytest.mark.parametrize("name", ["threshold", "catch"])
+def test_shares_are_numbers(check_request, name):
+    with pytest.raises(Exception) as refused:
+        check_request({name: "much"})
+    assert refused.value.detail == f"{name} is a number between 0 and 1, got 'much'."
+    check_request({name: ["operating point", "0.9", 0.9, None]})

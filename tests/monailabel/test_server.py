@@ -181,6 +181,7 @@ def test_app(scans, tmp_path):
 
         mask, answer = server.infer("cardiac_qc", "clear_ed", **SAMPLES)
         check_infer(server, mask, answer, scans)
+        check_promise(server, answer, bundle.parent / FAILURE)
         plain, _ = server.infer("cardiac_drn_segmentation", "clear_ed", **SAMPLES)
         np.testing.assert_array_equal(np.asanyarray(plain.dataobj), np.asanyarray(mask.dataobj))
 
@@ -233,6 +234,19 @@ def check_infer(server, mask, answer, scans):
         values = np.asanyarray(server.label("clear_ed", tag).dataobj)
         assert values.dtype == np.float32 and 0 <= values.min() and values.max() <= 1
         assert values[boundary].mean() > 2 * values[~boundary].mean()  # the network is unsure at contours
+
+
+def check_promise(server, answer, failure):
+    """A share to catch sets the threshold, by the calibration that lies beside the detector (of ten samples)."""
+    refused = server.infer("cardiac_qc", "clear_ed", 422, catch="0.9", **SAMPLES)
+    assert "made for the samples 10, but this run has 2" in refused and "calibrate again" in refused
+    calibration = failure / "models" / "model_calibration.json"
+    calibration.write_text(json.dumps(json.loads(calibration.read_text()) | {"samples": 2}))
+    _, promised = server.infer("cardiac_qc", "clear_ed", catch="0.9", **SAMPLES)
+    promise = promised["promise"]
+    assert answer["promise"] is None and (promise["kind"], promise["target"]) == ("catch", 0.9)
+    assert promised["threshold"] == promise["threshold"] < answer["threshold"]
+    assert len(promised["regions"]) >= len(answer["regions"])
 
 
 def test_bundles_without_weights_are_not_offered(tmp_path, monkeypatch, caplog):
