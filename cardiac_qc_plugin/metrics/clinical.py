@@ -206,10 +206,11 @@ def slice_levels(labels: np.ndarray) -> list[str]:
     """Third of the left ventricle that each slice of a stack shows: ``"basal"``, ``"mid"`` or ``"apical"``.
 
     Slices beyond the left ventricle count to the third next to them. The slices may be in either order: the base is the
-    end toward which the right ventricle lies. (In 198 of ACDC's 200 reference volumes that is the first slice.)
+    end toward which the heart is larger, in all of ACDC's 200 reference volumes the first slice. (The right ventricle
+    alone does not tell: at end-systole it may begin below the base.)
 
     Args:
-        labels: shape (H, W, D), slices last: 1 RV, 2 LVM, 3 LV; without an RV the base is taken to come first.
+        labels: shape (H, W, D), slices last: 1 RV, 2 LVM, 3 LV.
 
     Returns:
         One name for each slice; none if there are fewer than three slices of left ventricle to divide.
@@ -218,9 +219,10 @@ def slice_levels(labels: np.ndarray) -> list[str]:
     if inside.size < 3:
         return []
     first, count = inside[0], inside[-1] - inside[0] + 1
-    index, rv = np.arange(labels.shape[2]), (labels == 1).sum(axis=(0, 1))
+    index, area = np.arange(labels.shape[2]), (labels > 0).sum(axis=(0, 1))
     third = np.clip((index - first) * 3 // count, 0, 2)
-    if rv.any() and np.average(index, weights=rv) > first + (count - 1) / 2:
+    heart = np.flatnonzero(area)
+    if np.average(index, weights=area) > (heart[0] + heart[-1]) / 2:
         third = 2 - third
     return [("basal", "mid", "apical")[level] for level in third]
 

@@ -119,8 +119,8 @@ def mann_whitney_u(first: ArrayLike, second: ArrayLike) -> SignificanceTest:
 def wilcoxon_signed_rank(first: ArrayLike, second: ArrayLike) -> SignificanceTest:
     """Two-sided Wilcoxon signed-rank test: the same patients before and after correction are paired data.
 
-    Pairs without a difference (patients in whom nothing was corrected) are left out of the ranks, as Wilcoxon
-    did; if all are such pairs, p = 1.
+    Pairs without a difference (patients in whom nothing was corrected) are left out, as Wilcoxon did; if all are
+    such pairs, p = 1.
 
     Args:
         first: shape (N,), one value per patient.
@@ -135,7 +135,8 @@ def wilcoxon_signed_rank(first: ArrayLike, second: ArrayLike) -> SignificanceTes
     first, second, n_excluded = paired_values(first, second)
     if first.size == 0:
         return SignificanceTest(float("nan"), float("nan"), 0, n_excluded)
-    if np.array_equal(first, second):  # scipy divides zero by zero here
+    changes = (first - second)[first != second]  # given the others as well, scipy approximates p, however few changed
+    if not changes.size:
         return SignificanceTest(0.0, 1.0, first.size, n_excluded)
-    result = stats.wilcoxon(first, second, zero_method="wilcox", alternative="two-sided")
+    result = stats.wilcoxon(changes, alternative="two-sided")
     return SignificanceTest(float(result.statistic), float(result.pvalue), first.size, n_excluded)

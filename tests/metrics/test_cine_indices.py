@@ -104,3 +104,16 @@ def test_slices_beyond_the_heart_count_to_the_third_beside_them(flipped):
         labels, expected = labels[..., ::-1], ["apical"] * 4 + ["mid"] * 2 + ["basal"] * 3
     assert slice_levels(labels) == expected
     assert slice_levels(np.zeros((4, 4, 3))) == slice_levels(labels[..., 4:6]) == []
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_base_without_a_right_ventricle(flipped):
+    """At end-systole the RV may begin below the LV, and reach as far as the apex."""
+    labels = np.zeros((16, 16, 7), dtype=np.uint8)
+    for z, (lv, rv) in enumerate(zip((9, 8, 8, 7, 6, 4, 0), (0, 0, 5, 5, 5, 5, 3), strict=True)):
+        labels[:lv, :lv, z] = 3
+        labels[:rv, 9 : 9 + rv, z] = 1
+    expected = ["basal"] * 2 + ["mid"] * 2 + ["apical"] * 3
+    if flipped:
+        labels, expected = labels[..., ::-1], expected[::-1]
+    assert slice_levels(labels) == expected

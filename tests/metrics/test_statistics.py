@@ -90,6 +90,14 @@ def test_unchanged_patients_do_not_count_in_the_ranks():
     assert result.statistic == 2 + 5  # ranks of the two decreases, 0.2 and 1.2, among five changes
 
 
+@pytest.mark.parametrize("unchanged", [0, 20, 95])
+def test_few_changes_among_many_patients_by_enumeration(unchanged):
+    """Five patients that all gain: by chance one in 32 ways of signs, and as many to the other side."""
+    before = np.arange(5.0 + unchanged)
+    after = before + np.append([0.1, 0.2, 0.3, 0.4, 0.5], np.zeros(unchanged))
+    assert wilcoxon_signed_rank(before, after).p_value == pytest.approx(2 / 2**5)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("test", [mann_whitney_u, wilcoxon_signed_rank])
 def test_pairs_with_nan_are_dropped_and_counted(test):
