@@ -11,6 +11,7 @@ from torch import nn
 
 from cardiac_qc_plugin.checkpoints import (
     EpochCheckpoint,
+    check_version,
     epoch_length,
     input_channels,
     load_weights,
@@ -19,6 +20,7 @@ from cardiac_qc_plugin.checkpoints import (
 )
 from cardiac_qc_plugin.metrics import VolumeDetection
 from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
+from cardiac_qc_plugin.workflows.files import write_json
 from cardiac_qc_plugin.workflows.operating_point import choose_operating_point
 
 
@@ -227,6 +229,18 @@ def test_detector_of_other_regions_is_refused(tmp_path):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("required", ["1.2.3", "1.2.9", None, "1.3.3", "2.2.3"])
+def test_bundles_of_another_minor_version_are_refused(required, tmp_path, monkeypatch):
+    monkeypatch.setattr("cardiac_qc_plugin.checkpoints.__version__", "1.2.3")
+    packages = {} if required is None else {"cardiac-qc-plugin": required}
+    write_json(tmp_path / "configs" / "metadata.json", {"version": "0.7", "required_packages_version": packages})
+    if required in ("1.3.3", "2.2.3"):
+        with pytest.raises(ValueError, match=f"needs cardiac-qc-plugin {required}, and 1.2.3 is installed"):
+            check_version(tmp_path)
+    else:
+        assert check_version(tmp_path) == "0.7"
 
 
 def test_only_the_checkpoint_is_removed(tmp_path):
