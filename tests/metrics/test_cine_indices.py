@@ -69,8 +69,9 @@ def test_no_lv():
 
 def test_body_surface_area():
     assert body_surface_area(180, 80) == pytest.approx(2.0)  # sqrt(14400 / 3600)
-    with pytest.raises(ValueError, match="positive"):
-        body_surface_area(0, 80)
+    for height, weight in ((0, 80), (180, 0)):
+        with pytest.raises(ValueError, match="positive"):
+            body_surface_area(height, weight)
 
 
 def test_interval_is_students():
