@@ -71,6 +71,14 @@ def test_what_an_interrupted_run_left_is_no_scan(tmp_path):
     assert [scan.case for scan in find_scans(tmp_path, output=tmp_path)] == ["heart_ed", "image_ed"]
 
 
+@pytest.mark.parametrize("record", ["qc.json", "correction.json", "dicom.json"])
+def test_what_lies_beside_a_record_of_the_pipeline_is_no_scan(tmp_path, record):
+    (tmp_path / "case" / "below").mkdir(parents=True)
+    for name in ("a.nii.gz", f"case/{record}", "case/image.nii.gz", "case/below/image.nii.gz"):
+        (tmp_path / name).touch()
+    assert [file.path.name for file in input_files(tmp_path)] == ["a.nii.gz"]
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_not_a_datalist(tmp_path, content):
     (tmp_path / "list.json").write_text(content)
