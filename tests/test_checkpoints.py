@@ -113,6 +113,17 @@ def test_diverged_training_ends_at_the_epoch_and_keeps_the_checkpoint_before(val
     assert torch.load(tmp_path / "checkpoint.pt")["model"]["layers.0.bias"].isfinite().all()
 
 
+def test_further_processes_draw_other_numbers_and_write_nothing(tmp_path, monkeypatch):
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
+        trainer = Engine(lambda engine, batch: drawn.append(float(torch.rand(()))))
+        EpochCheckpoint(tmp_path / str(rank), {"model": network()}, seed=3).attach(trainer)
+        trainer.run([0], max_epochs=3)
+    assert len(set(drawn)) == 6
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["0/checkpoint.pt"]
+
+
 def test_trainers_checkpoint_is_read(tmp_path):
     """As MONAI's CheckpointSaver writes it: the state dict under "model", beside the optimizer's."""
     path = tmp_path / "checkpoint.pt"

@@ -505,6 +505,19 @@ def test_mirrored_stacks_are_turned_over_and_back(tmp_path, codes):
         assert np.abs(back[0].numpy() - reference.numpy()).max() <= (4 if key == "image" else 1)  # nearest
 
 
+def test_labels_are_turned_over_with_their_image_only(tmp_path):
+    """An image whose header does not say how it lies stays as it is, whatever that of its label says."""
+    labels = np.random.default_rng(0).integers(0, 4, (20, 22, 5), dtype=np.uint8)
+    scan = nib.Nifti1Image(labels.astype(np.float32), None)
+    scan.header.set_zooms((1.5, 1.5, 8.0))
+    paths = {key: str(tmp_path / f"{key}.nii") for key in ("image", "label")}
+    nib.save(scan, paths["image"])
+    nib.save(nib.Nifti1Image(labels, np.diag([-1.5, 1.5, 8.0, 1.0])), paths["label"])
+    for keys, stored in ((["image", "label"], labels), (["label"], labels[:, ::-1])):
+        read = Compose([LoadScand(keys, like=keys[0]), EnsureChannelFirstd(keys), SeenFromApexd(keys)])
+        np.testing.assert_array_equal(read({key: paths[key] for key in keys})["label"][0], stored)
+
+
 def test_channels_are_not_dropped_in_writing(tmp_path):
     save = SaveImage(tmp_path, writer=StackWriter, resample=False, separate_folder=False)
     with pytest.raises(RuntimeError, match="too many values to unpack"):  # as MONAI tells it
