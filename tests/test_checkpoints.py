@@ -11,6 +11,7 @@ from torch import nn
 
 from cardiac_qc_plugin.checkpoints import (
     EpochCheckpoint,
+    check_version,
     epoch_length,
     input_channels,
     load_weights,
@@ -19,6 +20,7 @@ from cardiac_qc_plugin.checkpoints import (
 )
 from cardiac_qc_plugin.metrics import VolumeDetection
 from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
+from cardiac_qc_plugin.workflows.files import write_json
 from cardiac_qc_plugin.workflows.operating_point import choose_operating_point
 
 
@@ -109,6 +111,17 @@ def test_diverged_training_ends_at_the_epoch_and_keeps_the_checkpoint_before(val
         trainer.run([0, 1], max_epochs=5)
     load_weights(network(seed=1), tmp_path / "checkpoint.pt")
     assert torch.load(tmp_path / "checkpoint.pt")["model"]["layers.0.bias"].isfinite().all()
+
+
+def test_further_processes_draw_other_numbers_and_write_nothing(tmp_path, monkeypatch):
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
+        trainer = Engine(lambda engine, batch: drawn.append(float(torch.rand(()))))
+        EpochCheckpoint(tmp_path / str(rank), {"model": network()}, seed=3).attach(trainer)
+        trainer.run([0], max_epochs=3)
+    assert len(set(drawn)) == 6
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["0/checkpoint.pt"]
 
 
 def test_trainers_checkpoint_is_read(tmp_path):
@@ -227,6 +240,18 @@ def test_detector_of_other_regions_is_refused(tmp_path):
         load_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     save_weights(FailureResNet(region_size=8), tmp_path / "model.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("required", ["1.2.3", "1.2.9", None, "1.3.3", "2.2.3"])
+def test_bundles_of_another_minor_version_are_refused(required, tmp_path, monkeypatch):
+    monkeypatch.setattr("cardiac_qc_plugin.checkpoints.__version__", "1.2.3")
+    packages = {} if required is None else {"cardiac-qc-plugin": required}
+    write_json(tmp_path / "configs" / "metadata.json", {"version": "0.7", "required_packages_version": packages})
+    if required in ("1.3.3", "2.2.3"):
+        with pytest.raises(ValueError, match=f"needs cardiac-qc-plugin {required}, and 1.2.3 is installed"):
+            check_version(tmp_path)
+    else:
+        assert check_version(tmp_path) == "0.7"
 
 
 def test_only_the_checkpoint_is_removed(tmp_path):

@@ -52,20 +52,25 @@ def test_inferer_paints_what_the_network_says_of_each_crop(region_size):
         assert (painted[0, 0, ..., z].numpy()[outside] == 0).all()
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [[0], [0, 1, 2], [2, 1, 0]])
 def test_a_mirrored_stack_is_turned_over_for_the_detector(batch):
-    """The same cells as of the stack that is not mirrored, where they lie in the mirrored one."""
+    """The same cells as of the stack that is not mirrored, where they lie in it; each stack for itself."""
     torch.manual_seed(0)
     network, inputs = FailureResNet().eval(), stack()[..., :1]  # its crop is as far from both sides
     inputs[:, 2] = 0
     inputs[:, 2, 30:60, 31:61] = 3
     inferer = FailureRegionInferer(amp=False)
     expected = inferer(inputs, network)
-    affine = torch.diag(torch.tensor([-1.5, 1.5, 8.0, 1.0], dtype=torch.float64))
-    turned = MetaTensor(inputs.flip(3), affine=affine)
-    found = inferer(list_data_collate([turned[0]] * batch), network)
-    torch.testing.assert_close(found, expected.flip(3).expand(batch, -1, -1, -1, -1))
-    assert not torch.equal(inferer(inputs.flip(3), network), expected.flip(3))
+    as_stored = inferer(inputs.flip(3), network)
+    assert not torch.equal(as_stored, expected.flip(3))
+    kinds = [(inputs.flip(3), 1.5, 1), (inputs, -1.5, 1), (inputs.flip(3), 1.5, 0)]  # the last header does not say
+    stacks = [
+        MetaTensor(x[0], affine=np.diag([-1.5, step, 8.0, 1.0]), meta={"qform_code": code, "sform_code": code})
+        for x, step, code in kinds
+    ]
+    found = inferer(list_data_collate([stacks[i] for i in batch]), network)
+    wanted = [expected.flip(3), expected, as_stored]
+    torch.testing.assert_close(found, torch.cat([wanted[i] for i in batch]))
 
 
 def test_inferer_shows_the_segmentation_and_restores_the_network():

@@ -313,7 +313,8 @@ class JsonText:
                 if not (more := self.stream.read(BLOCK)):
                     raise
             else:
-                if end < len(self.text) or not (more := self.stream.read(BLOCK)):
+                rest = self.text[end : end + 1]  # "." or "e" where the block ends inside a number, as in 1. of 1.4
+                if rest not in ("", ".", "e", "E") or not (more := self.stream.read(BLOCK)):
                     self.text = self.text[end:]
                     return value
             self.text += more

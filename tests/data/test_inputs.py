@@ -8,7 +8,7 @@ import pytest
 
 from cardiac_qc_plugin.checkpoints import check_version
 from cardiac_qc_plugin.data.folds import hold_out, read_fold
-from cardiac_qc_plugin.data.inputs import NoScans, find_scans, input_files
+from cardiac_qc_plugin.data.inputs import NoScans, datalist_items, find_scans, input_files, phase_names
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_acdc_like, write_phantom
 from cardiac_qc_plugin.data.predictions import with_predictions
 from cardiac_qc_plugin.workflows.auto3dseg import check_datalist
@@ -28,6 +28,12 @@ def test_cine_alone_gives_phases(tmp_path):
     write_acdc_like(tmp_path, 1, shape=(16, 16), n_slices=2, spacing=(10.0, 10.0, 30.0), n_frames=3, with_cine=True)
     scans = find_scans(tmp_path / "patient001" / "patient001_4d.nii.gz")
     assert [(scan.case, scan.frame) for scan in scans] == [(f"patient001_4d/phase{i:02d}", i) for i in range(3)]
+
+
+@pytest.mark.parametrize(("count", "last"), [(1, "h/phase00"), (100, "h/phase99"), (101, "h/phase100")])
+def test_phases_are_in_order_by_name(count, last):
+    names = phase_names("h", count)
+    assert names == sorted(names) and len(names) == count and names[-1] == last
 
 
 def test_suffixes_in_capitals_are_suffixes(tmp_path):
@@ -65,11 +71,31 @@ def test_what_an_interrupted_run_left_is_no_scan(tmp_path):
     assert [scan.case for scan in find_scans(tmp_path, output=tmp_path)] == ["heart_ed", "image_ed"]
 
 
+@pytest.mark.parametrize("record", ["qc.json", "correction.json", "dicom.json"])
+def test_what_lies_beside_a_record_of_the_pipeline_is_no_scan(tmp_path, record):
+    (tmp_path / "case" / "below").mkdir(parents=True)
+    for name in ("a.nii.gz", f"case/{record}", "case/image.nii.gz", "case/below/image.nii.gz"):
+        (tmp_path / name).touch()
+    assert [file.path.name for file in input_files(tmp_path)] == ["a.nii.gz"]
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_not_a_datalist(tmp_path, content):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(ValueError, match="not a MONAI datalist"):
         find_scans(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 50, 1 << 14])
+def test_a_datalist_is_read_alike_in_blocks_of_any_size(tmp_path, monkeypatch, block):
+    """Wherever a block ends: in a name, a number, or between two items."""
+    items = [{"image": f"{n}.nii.gz", "fold": n, "meta": {"note": 'a "b", [c] \\ {é}'}} for n in range(9)]
+    numbers = [1.4, -12, 1.5e-07, 2.5e20, True, None]
+    lists = {"description": "x", "version": 1.25, "training": items, "none": [], "spacing": numbers, "test": ["t.nii"]}
+    monkeypatch.setattr("cardiac_qc_plugin.data.inputs.BLOCK", block)
+    for indent in (None, 2):
+        (tmp_path / "list.json").write_text(json.dumps(lists, indent=indent), encoding="utf-8")
+        assert list(datalist_items(tmp_path / "list.json")) == [*items, *numbers, "t.nii"]
 
 
 def test_datalist_is_relative_to_its_folder(tmp_path):

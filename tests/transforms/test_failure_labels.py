@@ -222,6 +222,8 @@ def test_apical_slice(apex, apical):
     prediction[20, 10:14, apical] = 1  # far away, but few
     assert count(prediction, reference, "paper", apex=apex) == 4
     assert count(prediction, reference, "released_code", apex=apex) == 15
+    prediction[30, 10:22, apical] = 3  # 12 voxels of a class that is absent there: the apex's rule has precedence
+    assert count(prediction, reference, "released_code", apex=apex) == 15
 
 
 def test_class_absent_from_the_reference_slice():

@@ -229,7 +229,7 @@ def test_ties_are_broken_by_slice_row_and_column():
 
 def test_regions_are_clipped_and_never_in_the_padding():
     cells = np.ones((3, 3))
-    region_map, records = flagged([cells], [(-5, 7, -3, 9)], (2, 6, 1), 0.5, 4)
+    region_map, records = flagged([cells], [(-5, 7, -3, 9)], (2, 6, 1), 1.0, 4)  # the highest threshold there is
     # rows -5..-2 and 3..6 are padding only, rows -1..2 hold the image
     assert {(r["row0"], r["row1"]) for r in records} == {(0, 2)}
     assert [(r["col0"], r["col1"]) for r in records] == [(0, 1), (1, 5), (5, 6)]
@@ -244,15 +244,16 @@ def test_nothing_flagged():
 @pytest.mark.parametrize(
     ("probability", "threshold", "message"),
     [
-        (np.nan, 0.5, r"slice 0.*\[0, 1\]"),
-        (1.1, 0.5, r"slice 0.*\[0, 1\]"),
+        (np.nan, 0.5, r"slice 1 .*\[0, 1\]"),
+        (1.1, 0.5, r"slice 1 .*\[0, 1\]"),
+        (-0.1, 0.5, r"slice 1 .*\[0, 1\]"),
         (0, 50, "threshold.*50"),
         (0, float("nan"), "threshold.*nan"),
     ],
 )
 def test_flagged_region_map_errors(probability, threshold, message):
     with pytest.raises(ValueError, match=message):
-        flagged([np.full((2, 2), probability)], [(0, 8, 0, 8)], (8, 8, 1), threshold, 4)
+        flagged([np.zeros((2, 2)), np.full((2, 2), probability)], [(0, 8, 0, 8)] * 2, (8, 8, 2), threshold, 4)
 
 
 def test_too_many_regions_for_the_map():

@@ -19,7 +19,7 @@ from cardiac_qc_plugin.transforms import (
     SeenFromApexd,
     StackWriter,
 )
-from cardiac_qc_plugin.transforms.spatial import check_spacing, seen_from_base, spacing_of
+from cardiac_qc_plugin.transforms.spatial import APEX, check_spacing, seen_from_base, spacing_of
 from cardiac_qc_plugin.workflows.files import read_volume
 
 READ = Compose([LoadImaged("image"), EnsureChannelFirstd("image")])
@@ -119,6 +119,12 @@ def test_file_on_another_grid_is_named(tmp_path):
     nib.save(nib.Nifti1Image(nib.load(paths["image"]).get_fdata(), np.diag([-1, -1, 1, 1])), tmp_path / "d.nii.gz")
     with pytest.raises(ValueError, match=r"d\.nii\.gz: voxels of 1 x 1 x 1 mm, but .*a\.nii\.gz has"):
         LoadScand(["image", "label"], like="image")({**paths, "label": str(tmp_path / "d.nii.gz")})
+    near, far = (
+        write(tmp_path / f"{factor}.nii.gz", affine=STRAIGHT @ np.diag([factor] * 3 + [1])) for factor in (1.005, 1.015)
+    )
+    LoadScand(["image", "label"], like="image")({**paths, "label": near})  # the same size, rounded
+    with pytest.raises(ValueError, match=r"1\.015\.nii\.gz: voxels of 1\.5225 x 1\.5225 x 8\.12 mm, but .*a\.nii"):
+        LoadScand(["image", "label"], like="image")({**paths, "label": far})
     read = Compose([LoadScand("image"), EnsureChannelFirstd("image"), InPlaneSpacingd("image", 1.0)])
     with pytest.raises(ValueError, match="Give the label of this scan"):  # the image's own grid, not the network's
         LoadScand("label", like="image")({**read({"image": paths["image"]}), "label": paths["label"]})
@@ -203,6 +209,8 @@ def test_spacing_of_zero_in_the_affine(axis):
             "0.0015 x 0.0015 x 0.008 mm, which no short-axis stack has. If it is in another unit",
         ),
         ((1500.0, 1500.0, 8000.0), "write millimetres"),
+        ((0.05, 1.5, 8.0), "0.05 x 1.5 x 8 mm, which no"),
+        ((1.5, 1.5, 100.0), "1.5 x 1.5 x 100 mm, which no"),
     ],
 )
 def test_refused_spacings(spacing, message):
@@ -210,7 +218,7 @@ def test_refused_spacings(spacing, message):
         check_spacing(spacing, "case3")
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 8.0), (0.7, 0.7, 5.0), (1.95, 1.95, 10.0), (1.2, 1.7, 6.0)])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 8.0), (0.7, 0.7, 5.0), (1.2, 1.7, 6.0), (0.06, 1.5, 99.0)])
 def test_accepted_spacings(spacing):
     check_spacing(spacing, "case3")
 
@@ -231,10 +239,23 @@ def test_constant_image(value):
         CheckScan()(image(np.full((1, 6, 7, 3), value)))
 
 
-def test_label_map_is_no_scan():
-    labels = np.arange(6 * 7 * 3).reshape(1, 6, 7, 3) % 4
-    with pytest.raises(ValueError, match="folder/scan7.nii.gz: its voxels have 4 different values, so it is a label"):
-        CheckScan()(image(labels))
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_few_bright_or_dark_voxels_are_no_image(sign):
+    """Less than 1 % of them, as an overlay leaves on an empty field."""
+    data = np.zeros(2000)
+    data[:19] = sign * np.arange(1, 20)
+    with pytest.raises(ValueError, match="at least 98 % of the voxels are 0"):
+        CheckScan()(image(data.reshape(1, 20, 20, 5)))
+    data[19] = sign
+    CheckScan()(image(data.reshape(1, 20, 20, 5)))
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_label_map_is_no_scan(count):
+    voxels = np.arange(6 * 7 * 3).reshape(1, 6, 7, 3)
+    with pytest.raises(ValueError, match=f"scan7.nii.gz: its voxels have {count} different values, so it is a label"):
+        CheckScan()(image(voxels % count))
+    CheckScan()(image(voxels % 9))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 7, 3), (1, 6, 7), (1, 6, 7, 3, 2), (6, 7, 3)])
@@ -243,11 +264,22 @@ def test_other_shapes(shape):
         CheckScan()(image(np.random.default_rng(0).random(shape)))
 
 
-@pytest.mark.parametrize("size", [0.14, 12.0])
+@pytest.mark.parametrize("size", [0.14, 0.29, 5.1, 12.0])
 def test_pixels_of_no_cine(size):
     """In centimetres, or of a preview."""
     with pytest.raises(ValueError, match=rf"folder/scan7\.nii\.gz: the header says pixels of {size:g} x {size:g} mm"):
         CheckScan()(image(np.random.default_rng(0).random((1, 6, 7, 3)), np.diag([-size, -size, 8.0, 1.0])))
+
+
+@pytest.mark.parametrize("pixel", [(0.31, 0.31), (4.9, 4.9), (1.5, 2.9), (2.9, 1.5)])
+def test_pixels_of_a_cine(pixel):
+    """Of which one edge is at most twice the other: slices that lie on another axis have others."""
+    data = np.random.default_rng(0).random((1, 6, 7, 3))
+    CheckScan()(image(data, np.diag([*pixel, 8.0, 1.0])))
+    if pixel[0] != pixel[1]:
+        stretched = np.diag([*(edge + 0.2 * (edge > 2) for edge in pixel), 8.0, 1.0])
+        with pytest.raises(ValueError, match=r"the slices do not lie on the third axis"):
+            CheckScan()(image(data, stretched))
 
 
 def test_good_scan_passes_unchanged():
@@ -423,6 +455,16 @@ def test_side_of_a_scanners_short_axis():
     assert seen_from_base(affine, {})
 
 
+@pytest.mark.parametrize("lean", [-0.25, -0.15, 0.15, 0.25])
+def test_side_of_slices_that_a_header_lays_along_the_heart(lean):
+    """Too close to call, whatever the pixel size: taken as stored."""
+    normal = np.sqrt((1 - lean**2) / 2) * np.array([1, 1, 0]) + lean * APEX  # of which (1, 1, 0) is at right angles
+    right = np.cross(normal, (0, 0, 1)) / np.linalg.norm(np.cross(normal, (0, 0, 1)))
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = 3 * right, 3 * np.cross(normal, right)
+    assert seen_from_base(affine, {}) == (lean == 0.25)
+
+
 @pytest.mark.parametrize("codes", [(1, 1), (0, 2), (0, 0)])
 def test_mirrored_stacks_are_turned_over_and_back(tmp_path, codes):
     """Prepared as the stack that is not mirrored, and inverted to the stored order; not where codes say nothing."""
@@ -461,6 +503,19 @@ def test_mirrored_stacks_are_turned_over_and_back(tmp_path, codes):
         assert back.shape[1:] == reference.shape
         np.testing.assert_allclose(back.affine, reference.affine, atol=1e-6)
         assert np.abs(back[0].numpy() - reference.numpy()).max() <= (4 if key == "image" else 1)  # nearest
+
+
+def test_labels_are_turned_over_with_their_image_only(tmp_path):
+    """An image whose header does not say how it lies stays as it is, whatever that of its label says."""
+    labels = np.random.default_rng(0).integers(0, 4, (20, 22, 5), dtype=np.uint8)
+    scan = nib.Nifti1Image(labels.astype(np.float32), None)
+    scan.header.set_zooms((1.5, 1.5, 8.0))
+    paths = {key: str(tmp_path / f"{key}.nii") for key in ("image", "label")}
+    nib.save(scan, paths["image"])
+    nib.save(nib.Nifti1Image(labels, np.diag([-1.5, 1.5, 8.0, 1.0])), paths["label"])
+    for keys, stored in ((["image", "label"], labels), (["label"], labels[:, ::-1])):
+        read = Compose([LoadScand(keys, like=keys[0]), EnsureChannelFirstd(keys), SeenFromApexd(keys)])
+        np.testing.assert_array_equal(read({key: paths[key] for key in keys})["label"][0], stored)
 
 
 def test_channels_are_not_dropped_in_writing(tmp_path):

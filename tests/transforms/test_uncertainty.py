@@ -244,7 +244,7 @@ def test_split_entries_have_metadata_of_their_own():
         assert done[key].applied_operations == []
 
 
-@pytest.mark.parametrize("channels", [1, 3, 9])
+@pytest.mark.parametrize("channels", [1, 2, 3, 9])
 def test_split_refuses_other_tensors(channels):
     with pytest.raises(ValueError, match=str(channels)):
         SplitUncertaintyd("pred")({"pred": torch.zeros(channels, 2, 2, 1)})

@@ -179,6 +179,9 @@ def test_predictions_that_do_not_belong_together(cohort, tmp_path):
     edit(record, lambda qc: qc["detection"].pop("weights_sha256"))
     outcome = calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json")
     assert "patient002_frame05" in outcome.failures and "which weights" in outcome.text
+    edit(record, lambda qc: qc.pop("segmentation"))
+    outcome = calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json")
+    assert f"{record}: no entry segmentation" in outcome.failures["patient002_frame05"]
     shutil.rmtree(record.parent)
     with pytest.raises(ValueError, match="patient002 has 1 scan.*others have 2"):
         calibrate(tmp_path / "run", root / "acdc", tmp_path / "file.json")

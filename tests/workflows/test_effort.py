@@ -13,7 +13,8 @@ from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.transforms.regions import region_grid
-from cardiac_qc_plugin.workflows.effort import effort
+from cardiac_qc_plugin.workflows.effort import effort, read_case
+from cardiac_qc_plugin.workflows.references import References
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,33 @@ def test_other_cases_are_not_drawn_beside(study, tmp_path):
     with pytest.raises(ValueError, match="different cases: 2 are in one of them only, patient002_frame01 say"):
         effort(root / "run", root / "acdc", tmp_path / "out", compare=[tmp_path / "run"], seeds=1)
     assert not (tmp_path / "out" / "effort.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda qc: qc.pop("detection"), "its failures were not detected"),
+        (lambda qc: [qc["detection"].pop(key) for key in ("map", "boxes")], "its detection lacks map, boxes"),
+        (lambda qc: qc["detection"]["boxes"].pop(), "not one of boxes for each of the 4 slices"),
+    ],
+)
+def test_a_record_that_lacks_something_is_named(study, tmp_path, change, message):
+    """As a failure of this case, with which the others go on."""
+    root, case = study[0], "patient001_frame05"
+    shutil.copytree(root / "run" / case, tmp_path / case)
+    record = json.loads((tmp_path / case / "qc.json").read_text())
+    change(record)
+    (tmp_path / case / "qc.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"^{tmp_path / case}/qc.json: {message}"):
+        read_case(case, tmp_path / case, References(root / "acdc"), "paper", "last")
+
+
+def test_one_map_for_each_folder(study, tmp_path):
+    root, *_ = study
+    copy_with_emap(root, tmp_path / "run")
+    shutil.copy(root / "run" / "patient001_frame05" / "qc.json", tmp_path / "run" / "patient001_frame05")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'run'}: cases of the maps bmap and emap"):
+        effort(tmp_path / "run", root / "acdc", tmp_path / "out")
 
 
 def test_the_command(study, tmp_path, command):
