@@ -12,6 +12,8 @@ from cardiac_qc_plugin.metrics.statistics import mean_sd, paired_values, pearson
 
 DENSITY = 1.05
 """Of myocardium, g/ml."""
+ENOUGH_PHASES = 12
+"""Of a cine, to tell a jump from a beat; ACDC's have that many at least."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
 
     A phase stands out if it differs from the median of itself and its two neighbors by more than `tolerance` of the
     cine's largest volume that does not stand out. The last phase and the first are neighbors, since a cine covers one
-    cycle.
+    cycle. In a cine of fewer than `ENOUGH_PHASES` a beat itself is as steep, so that nothing is called a jump.
 
     Args:
         volumes: shape (phases,), ml; at least 3.
@@ -158,7 +160,7 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
 def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, list[int]]:
     """The volumes with jumps replaced by the mean of their neighbors, and the jumps, see `volume_jumps`."""
     repaired, jumps = volumes.copy(), []
-    while len(jumps) < volumes.size:
+    while ENOUGH_PHASES <= volumes.size > len(jumps):
         before, after = np.roll(repaired, 1), np.roll(repaired, -1)
         deviation = np.abs(repaired - np.median([before, repaired, after], axis=0))
         worst = int(deviation.argmax())

@@ -126,23 +126,24 @@ def test_acdc_tells_the_phase_that_no_option_gives(tmp_path, given, expected):
 
 
 def test_a_jump_is_flagged(tmp_path):
-    lv = [120, 118, 90, 60, 5, 75, 110]
+    lv = [120, 119, 110, 95, 80, 65, 60, 5, 70, 85, 100, 110]
     (record,) = written(cine(tmp_path, lv), tmp_path)
-    assert {"phase": 4, "structure": "LV"} in record["jumps"] and record["es_phase"] == 3
-    assert "volume jumps at phase 4" in describe_cine(record)
+    assert {"phase": 7, "structure": "LV"} in record["jumps"] and record["es_phase"] == 6
+    assert "volume jumps at phase 7" in describe_cine(record)
     with open(tmp_path / "indices.csv") as stream:
         assert next(csv.DictReader(stream))["phases_with_jumps"] == "1"  # RV and LV in the same one
 
 
 def test_phases_are_found_by_the_lv_and_keep_their_numbers(tmp_path):
     """Without phase 1, and with an RV that moves against the LV, but for a jump."""
-    cases = [qc for qc in cine(tmp_path) if qc["case"] != "heart/phase01"]
+    lv = [120, 118, 108, 90, 75, 60, 62, 64, 70, 75, 92, 105, 110]
+    cases = [qc for qc in cine(tmp_path, lv) if qc["case"] != "heart/phase01"]
     for qc in cases:
         volumes = qc["segmentation"]["volume_ml"]
         volumes["RV"] = 200 - volumes["LV"]
     cases[5]["segmentation"]["volume_ml"]["RV"] = 20.0
     (record,) = written(cases, tmp_path)
-    assert (record["ed_phase"], record["es_phase"]) == (0, 3)
+    assert (record["ed_phase"], record["es_phase"]) == (0, 5)
     assert record["jumps"] == [{"phase": 6, "structure": "RV"}]
 
 
