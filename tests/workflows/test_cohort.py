@@ -253,9 +253,9 @@ def test_a_given_phase_that_one_cine_lacks(world, tmp_path):
     scans = find_scans(tmp_path / "short.nii.gz") + find_scans(world / "data" / "cine.nii.gz")
     models, _ = loader(world)()
     with pytest.raises(CaseFailures) as caught:
-        run(scans, tmp_path / "local", *models, given=(2, None))
+        run(scans, tmp_path / "local", *models, given=(2, 1))
     work = CohortWorker(
-        str(tmp_path / "ray"), partial(load_predictors, "dn", "bmap", 2, "all", "cpu", world / "bundles"), (2, None)
+        str(tmp_path / "ray"), partial(load_predictors, "dn", "bmap", 2, "all", "cpu", world / "bundles"), (2, 1)
     )
     made = work(("short", tmp_path / "short.nii.gz"))
     work(("cine", world / "data" / "cine.nii.gz"))
