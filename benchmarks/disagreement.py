@@ -10,8 +10,10 @@ first decides where all differ.
 """
 
 import argparse
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,17 +52,22 @@ def measure(runs: list[Path], references: References, case: str, folder: Path) -
     return row
 
 
-def main(runs: list[Path], reference: Path) -> None:
+def columns(runs: list[Path], reference: Path, measure: Callable[..., dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What ``measure(runs, references, case, folder)`` says of each scan of the first run, by entry."""
     references = References(reference)
     rows, failures = each_case(runs[0], lambda case, folder: measure(runs, references, case, folder), "scans")
     if failures:
         raise SystemExit("\n".join(f"{case}: {message}" for case, message in failures.items()))
-    columns = {name: np.array([row[name] for row in rows.values()]) for name in next(iter(rows.values()))}
-    print(f"{len(rows)} scans\n{'segmentation':16} {'Dice':>7} {'score':20} {'AURC':>7} {'Pearson':>8}")
+    return {name: np.array([row[name] for row in rows.values()]) for name in next(iter(rows.values()))}
+
+
+def main(runs: list[Path], reference: Path) -> None:
+    column = columns(runs, reference, measure)
+    print(f"{len(column['runs'])} scans\n{'segmentation':16} {'Dice':>7} {'score':20} {'AURC':>7} {'Pearson':>8}")
     for name in [*map(str, runs), "vote"][: len(runs) + (len(runs) > 2)]:
-        risk = columns[f"risk {name}"]
-        scores = {"its samples": columns.get(f"samples {name}"), "the runs": columns["runs"]}
-        scores |= {"all runs' samples": columns["all samples"], "oracle": risk}
+        risk = column[f"risk {name}"]
+        scores = {"its samples": column.get(f"samples {name}"), "the runs": column["runs"]}
+        scores |= {"all runs' samples": column["all samples"], "oracle": risk}
         for score, values in scores.items():
             if values is not None:
                 figures = f"{aurc(values, risk):7.4f} {pearson(values, risk):8.3f}"

@@ -15,13 +15,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from disagreement import columns
 from scipy.stats import spearmanr
 
 from cardiac_qc_plugin.data.predictions import MAP_FILES, REGIONS_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.segmentation import dice_and_hausdorff
 from cardiac_qc_plugin.workflows.files import read_json, read_like
 from cardiac_qc_plugin.workflows.measure import STRUCTURES
-from cardiac_qc_plugin.workflows.references import References, each_case, read_labels, read_reference
+from cardiac_qc_plugin.workflows.references import References, read_labels, read_reference
 
 
 def measure(runs: list[Path], references: References, case: str, folder: Path) -> dict[str, np.ndarray]:
@@ -47,12 +48,8 @@ def measure(runs: list[Path], references: References, case: str, folder: Path) -
 
 
 def main(runs: list[Path], reference: Path) -> None:
-    references = References(reference)
-    rows, failures = each_case(runs[0], lambda case, folder: measure(runs, references, case, folder), "scans")
-    if failures:
-        raise SystemExit("\n".join(f"{case}: {message}" for case, message in failures.items()))
-    column = {name: np.array([row[name] for row in rows.values()]) for name in next(iter(rows.values()))}
-    print(f"{len(rows)} scans\n{'Dice':28}" + "".join(f"{name:>9}" for name in (*STRUCTURES, "mean")))
+    column = columns(runs, reference, measure)
+    print(f"{len(column['dice'])} scans\n{'Dice':28}" + "".join(f"{name:>9}" for name in (*STRUCTURES, "mean")))
     for run, dice in zip(runs, np.nanmean(column["dice"], axis=0), strict=True):
         print(f"{run!s:28}" + "".join(f"{value:9.4f}" for value in (*dice, dice.mean())))
     change = np.abs(np.diff(column["dice"], axis=1))

@@ -160,7 +160,9 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
 def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, list[int]]:
     """The volumes with jumps replaced by the mean of their neighbors, and the jumps, see `volume_jumps`."""
     repaired, jumps = volumes.copy(), []
-    while ENOUGH_PHASES <= volumes.size > len(jumps):
+    if volumes.size < ENOUGH_PHASES:
+        return repaired, jumps
+    while len(jumps) < volumes.size:
         before, after = np.roll(repaired, 1), np.roll(repaired, -1)
         deviation = np.abs(repaired - np.median([before, repaired, after], axis=0))
         worst = int(deviation.argmax())
@@ -172,7 +174,9 @@ def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, li
 
 
 def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
-    """End-diastole and end-systole: the phases with the largest and the smallest LV volume, jumps left aside.
+    """End-diastole and end-systole: the phases with the largest and the smallest LV volume.
+
+    Jumps, and phases without an LV, are left aside.
 
     Of phases whose volumes are within 1 % of the largest, or a tenth of the change if that is less, end-diastole is the
     last before end-systole, when contraction begins, and end-systole the one whose neighbors are the smallest too.
@@ -188,11 +192,11 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
     """
     volumes = np.asarray(lv_volumes, dtype=float)
     jumps = volume_jumps(volumes)
-    repaired, _ = _repair(volumes)
-    if not repaired.any() or len(jumps) == volumes.size:
+    trusted = np.setdiff1d(np.flatnonzero(volumes), jumps)  # a phase without an LV is a failure in any cine
+    if not trusted.size:
         raise ValueError("no phase has an LV, so there is no end-diastole")
+    repaired, _ = _repair(volumes)
     smooth = (np.roll(repaired, 1) + 2 * repaired + np.roll(repaired, -1)) / 4
-    trusted = np.setdiff1d(np.arange(volumes.size), jumps)
 
     change = float(np.ptp(volumes[trusted]))
     if change == 0:

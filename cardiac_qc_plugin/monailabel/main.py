@@ -63,7 +63,7 @@ def check_request(value: Any, name: str = "request") -> None:
             whole = False
         if not whole:
             raise HTTPException(422, f"{name} is a whole number, got {value!r}.")
-    elif name in ("threshold", "catch") and value not in (None, OPERATING_POINT):
+    elif name in ("threshold", "catch") and value is not None and (name, value) != ("catch", OPERATING_POINT):
         try:
             float(value)
         except (TypeError, ValueError) as error:

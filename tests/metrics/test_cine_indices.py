@@ -67,6 +67,11 @@ def test_a_heart_that_does_not_beat():
         find_ed_es([100.0] * 5)
 
 
+def test_a_phase_without_an_lv_is_no_end_systole():
+    """Also where there are too few phases to call it a jump."""
+    assert find_ed_es([120, 95, 0, 60, 75, 100]) == (0, 3)
+
+
 def test_no_lv():
     with pytest.raises(ValueError, match="no phase has an LV"):
         find_ed_es([0, 0, 0, 0])

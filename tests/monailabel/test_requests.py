@@ -61,4 +61,11 @@ def test_shares_are_numbers(check_request, name):
     with pytest.raises(Exception) as refused:
         check_request({name: "much"})
     assert refused.value.detail == f"{name} is a number between 0 and 1, got 'much'."
-    check_request({name: ["operating point", "0.9", 0.9, None]})
+    check_request({name: ["0.9", 0.9, None]})
+
+
+def test_the_operating_point_is_a_choice_of_what_to_catch(check_request):
+    check_request({"catch": "operating point"})
+    with pytest.raises(Exception) as refused:
+        check_request({"threshold": "operating point"})
+    assert refused.value.status_code == 422
