@@ -4,6 +4,7 @@
     python scripts/pipeline.py run      --input PATH --output DIR
     python scripts/pipeline.py segment  --input PATH --output DIR
     python scripts/pipeline.py datalist --dataset acdc --root DIR --output folds.json
+    python scripts/pipeline.py import_mnms --input DIR --output DIR
     python scripts/pipeline.py correct  --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py evaluate --predictions DIR --reference DIR --output DIR
     python scripts/pipeline.py export   --bundle NAME --output DIR
@@ -287,7 +288,7 @@ def datalist(
     Args:
         root: folder of the data set; paths in the datalist are relative to it.
         output: the datalist, a JSON file.
-        dataset: acdc.
+        dataset: acdc, or other data in its layout (see import_mnms).
         folds: number of folds.
         seed: seed of the stratified shuffle.
         split: stratified, or released_code (the authors' four folds).
@@ -302,6 +303,18 @@ def datalist(
     items = acdc_datalist(root, folds, seed, split)
     write_json(Path(output), items)
     print(f"{output}: {len(items['training'])} scans in {folds} folds.")
+
+
+def import_mnms(input: str, output: str) -> None:
+    """Write end-diastole and end-systole of the challenges M&Ms and M&Ms-2, with labels, in ACDC's layout.
+
+    Args:
+        input: folder of the challenge's files.
+        output: folder to write to, for run, evaluate, datalist and training.
+    """
+    from cardiac_qc_plugin.workflows.import_mnms import import_mnms as work
+
+    _finish(work(input, output))
 
 
 def correct(
@@ -711,8 +724,8 @@ def main() -> None:
     # MONAI looks for a GPU decoder of DICOM files whenever a reader is made, and tells that there is none
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
-    listed = [demo, run, segment, datalist, correct, evaluate, export, auto3dseg, fold_to_bundle, reproduce, dicom_seg]
-    listed += [effort, calibrate, compare_expert, table, review]
+    listed = [demo, run, segment, datalist, import_mnms, correct, evaluate, export, auto3dseg, fold_to_bundle]
+    listed += [reproduce, dicom_seg, effort, calibrate, compare_expert, table, review]
     commands = {command.__name__: command for command in listed}
     fire.decorators.FIRE_METADATA = "_parsers"  # a name that no help lists
     for command in commands.values():

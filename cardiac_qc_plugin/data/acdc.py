@@ -1,5 +1,6 @@
-"""Datalists of the ACDC challenge's 100 training patients, in MONAI's format."""
+"""Datalists of the ACDC challenge's 100 training patients, and of other data in its layout, in MONAI's format."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
     """Datalist with folds, stratified by disease group; end-diastole and end-systole of a patient share a fold.
 
     Args:
-        root: folder with ``patientNNN/patientNNN_frameFF.nii.gz``, ``..._gt.nii.gz`` and ``Info.cfg``.
+        root: folder with ``patientNNN/patientNNN_frameFF.nii.gz``, ``..._gt.nii.gz`` and ``Info.cfg``; other data's
+            patients may have other names.
         folds: number of folds, at least 2.
         seed: seed of the shuffle; recorded in the datalist.
         split: ``"stratified"``, or ``"released_code"``: the authors' deterministic four folds, in which the scan that
@@ -78,10 +80,15 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
         raise ValueError(
             f"Choose 2 or more folds with split 'stratified', or 4 with 'released_code'; got {folds} and '{split}'."
         )
-    folders = sorted(path for path in root.glob("patient*") if path.is_dir())
+    folders = sorted(
+        {path for path in root.glob("patient*") if path.is_dir()} | {p.parent for p in root.glob("*/Info.cfg")}
+    )
     infos = {folder.name: read_info(folder / "Info.cfg") for folder in folders}
     if not infos:
         raise ValueError(f"{root}: no patientNNN/Info.cfg. Give the folder that holds ACDC's patient folders.")
+    is_acdc = all(re.fullmatch(r"patient\d{3}", patient) for patient in infos)
+    if split == "released_code" and not is_acdc:
+        raise ValueError(f"{root}: split 'released_code' is for ACDC's patients only, patient001 and so on.")
     if missing := next((patient for patient, info in infos.items() if "Group" not in info), None):
         raise ValueError(f"{root / missing / 'Info.cfg'}: no entry for Group, by which folds are stratified.")
     groups = {patient: info["Group"] for patient, info in infos.items()}
@@ -98,9 +105,11 @@ def acdc_datalist(root: str | Path, folds: int = 4, seed: int = 0, split: str = 
             items.append({**item, "meta": {"patient": patient, "phase": phase, "group": info["Group"]}})
     if len(infos) < folds:
         raise ValueError(f"{root}: {len(infos)} patients cannot be put into {folds} folds. Choose fewer (--folds).")
-    return {
+    source = {
         "name": "ACDC training set",
         "reference": "Bernard et al., IEEE TMI 37(11), 2018, doi 10.1109/TMI.2018.2837502",
+    }
+    return (source if is_acdc else {"name": root.resolve().name}) | {
         "labels": {"0": "background", "1": "RV", "2": "LVM", "3": "LV"},
         "split": split,
         "seed": seed,

@@ -107,7 +107,7 @@ def check_order(labels: np.ndarray, name: str) -> None:
     if enclosed[rv] > 0.75 > enclosed[lv]:
         raise ValueError(
             f"{name}: label 1 lies in the myocardium and label 3 does not, so RV and LV are exchanged, as in M&Ms. "
-            "Labels are 1 RV, 2 LVM, 3 LV: map others to these first."
+            "Labels are 1 RV, 2 LVM, 3 LV: map others to these first (of M&Ms and M&Ms-2 pipeline.py import_mnms does)."
         )
 
 

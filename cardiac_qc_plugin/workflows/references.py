@@ -25,6 +25,7 @@ __all__ = [
     "References",
     "as_stored",
     "each_case",
+    "fit_reference",
     "patient_and_phase",
     "read_labels",
     "read_reference",
@@ -155,13 +156,13 @@ class References:
         ]
 
 
-def read_labels(path: Path) -> Volume:
-    """Read a label map as uint8 (H, W, D), values 0-3.
+def read_labels(path: Path, frame: int | None = None) -> Volume:
+    """Read a label map as uint8 (H, W, D), values 0-3; of a 4-D file one phase.
 
     Raises:
         ValueError: if the file cannot be read, or has another value; the message names it.
     """
-    volume = read_volume(path)
+    volume = read_volume(path, frame)
     try:
         (labels,) = as_label_volumes(**{"the label map": volume.data})
     except ValueError as error:
@@ -213,6 +214,11 @@ def read_reference(path: Path, prediction: Volume) -> np.ndarray:
         if name["mark"] or name["stem"] == "segmentation":
             raise
         raise ValueError(f"{error} If it is the scan, its labels {name['stem']}_gt.nii.gz are missing.") from error
+    return fit_reference(path, labels, prediction)
+
+
+def fit_reference(path: Path, labels: Volume, prediction: Volume) -> np.ndarray:
+    """Reference labels of a file in the order of a stack's voxels; raises as `read_reference`."""
     reference = as_stored(path, labels, prediction)
     if reference.data.shape != prediction.data.shape:
         raise ValueError(
