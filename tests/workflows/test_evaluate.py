@@ -379,6 +379,33 @@ def test_a_cine_with_labels_at_two_phases(tmp_path, capsys):
     assert list(outcome.failures) == ["other_4d/phase00"]
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_labels_tell_which_of_two_phases_is_end_diastole(tmp_path, swapped):
+    """Of a DICOM cine, say: labels by the phases' names, and no Info.cfg. Of three, they do not tell."""
+    write_patients(tmp_path, 1)
+    evaluate(tmp_path / "run", tmp_path / "acdc", tmp_path / "frames")
+    phases = {"frame01": 9 if swapped else 2, "frame05": 6}
+    for frame, phase in phases.items():
+        shutil.copytree(tmp_path / "run" / f"patient001_{frame}", tmp_path / "cines" / "study" / f"phase{phase:02d}")
+        label = tmp_path / "labels" / "study" / f"phase{phase:02d}_gt.nii.gz"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(next((tmp_path / "acdc").rglob(f"patient001_{frame}_gt.nii.gz")), label)
+    outcome = evaluate(tmp_path / "cines", tmp_path / "labels", tmp_path / "out")
+    assert not outcome.failures
+    found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "frames"))
+    for key in ("segmentation", "mean_dice", "clinical"):
+        assert found[key] == expected[key]
+    third = tmp_path / "cines" / "study" / "phase11"
+    shutil.copytree(tmp_path / "cines" / "study" / f"phase{phase:02d}", third)
+    shutil.copy(label, label.with_name("phase11_gt.nii.gz"))
+    evaluate(tmp_path / "cines", tmp_path / "labels", tmp_path / "out")
+    assert set(summary(tmp_path)["segmentation"]) == {"unknown"}
+    label.with_name("phase11_gt.nii.gz").write_bytes(b"damaged")  # a third phase all the same
+    outcome = evaluate(tmp_path / "cines", tmp_path / "labels", tmp_path / "out")
+    assert list(outcome.failures) == ["study/phase11"]
+    assert set(summary(tmp_path)["segmentation"]) == {"unknown"}
+
+
 def test_unknown_phase_has_its_own_columns_and_no_patient(tmp_path):
     reference = heart(1)
     save(tmp_path / "labels" / "scan_gt.nii.gz", reference)
