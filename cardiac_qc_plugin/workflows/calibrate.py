@@ -59,6 +59,7 @@ class Promise:
         caught: share of the failure voxels that is caught of these, mean over them.
         regions_per_patient: flagged regions of these, mean over them.
         source: which patients they are.
+        criterion: which errors are failures.
     """
 
     kind: Literal["catch", "regions_per_patient"]
@@ -69,6 +70,7 @@ class Promise:
     caught: float
     regions_per_patient: float
     source: str
+    criterion: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +157,9 @@ class Calibration:
     def _promise(self, kind: str, target: float, probability: float | None, index: int) -> Promise:
         means = float(self.caught[:, index].mean()), float(self.regions[:, index].mean())
         threshold = float(self.threshold[index])
-        return Promise(kind, float(target), probability, threshold, len(self.patients), *means, self.source)
+        return Promise(
+            kind, float(target), probability, threshold, len(self.patients), *means, self.source, self.criterion
+        )
 
     def operating_curve(self) -> dict[str, Any]:
         """What ``operating_curve.json`` holds: means over the patients at each threshold."""

@@ -301,6 +301,7 @@ def test_run_flags_by_the_promise_and_records_it(bundles, tmp_path, run_command)
     qc = json.loads((tmp_path / "scan" / "qc.json").read_text())
     assert qc["promise"]["threshold"] == qc["detection"]["threshold"] == calibration.promise_catch(0.9).threshold
     assert (qc["promise"]["kind"], qc["promise"]["target"], qc["promise"]["source"]) == ("catch", 0.9, "numbers")
+    assert qc["promise"]["criterion"] == calibration.criterion
     curve = json.loads((tmp_path / "operating_curve.json").read_text())
     assert (curve["model"], curve["map"], curve["patients"], curve["source"]) == ("dn", "bmap", 25, "numbers")
     assert curve["threshold"] == calibration.threshold.tolist()
