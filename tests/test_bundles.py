@@ -635,6 +635,17 @@ def test_without_an_operating_point_a_threshold_is_asked_for(tmp_path):
         read_threshold(path)
 
 
+def test_evaluation_tells_a_missing_operating_point_before_it_reads_scans(tmp_path):
+    bundle = ROOT / "bundles" / "cardiac_segmentation_failure"
+    parser = ConfigParser()
+    parser.read_config([str(bundle / "configs" / name) for name in ("train.json", "evaluate.yaml")])
+    parser.update({"bundle_root": str(bundle), "ckpt_path": str(tmp_path / "mine.pt")})
+    save_weights(FailureResNet(), tmp_path / "mine.pt")
+    with pytest.raises(RuntimeError) as error:  # MONAI's, with the reason as its cause
+        parser.get_parsed_content("initialize")
+    assert "mine_operating_point.json: no operating point" in str(error.value.__cause__)
+
+
 def test_calibrations_are_of_the_shipped_weights_and_of_unseen_patients():
     folder = ROOT / "bundles" / "cardiac_segmentation_failure" / "models"
     folds = config("cardiac_segmentation_failure", "acdc_folds")["training"]
