@@ -100,7 +100,7 @@ def import_patient(patient: str, files: list[Path], info: dict[str, str], output
     phases = [phase for path in files for phase in labelled_phases(path)]
     if len(phases) != 2:
         names = ", ".join(map(str, files))
-        raise ValueError(f"{names}: {len(phases)} phases have labels. Two were expected, end-diastole and end-systole.")
+        raise ValueError(f"{names}: {len(phases)} phase(s) with labels, but end-diastole and end-systole are needed.")
     named = LABELS.fullmatch(files[0].name)["phase"]
     ed, es = sorted(phases, key=lambda phase: phase[0] if named else -np.count_nonzero(phase[2] == 3))
     turn = slice_levels(ed[2])[:1] == ["apical"]

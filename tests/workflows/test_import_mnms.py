@@ -168,7 +168,7 @@ def truncated(path):
 @pytest.mark.parametrize(
     ("name", "harm", "message"),
     [
-        ("A001_sa_gt.nii.gz", three_phases, "A001_sa_gt.nii.gz: 3 phases have labels. Two were expected"),
+        ("A001_sa_gt.nii.gz", three_phases, "A001_sa_gt.nii.gz: 3 phase(s) with labels, but end-diastole"),
         ("A001_sa_gt.nii.gz", acdc_numbers, "numbered as in ACDC"),
         ("A001_sa_gt.nii.gz", shorter, "Give the labels of this scan, on its own grid"),
         ("A001_sa.nii.gz", truncated, "A001_sa.nii.gz: the file is truncated or damaged"),
