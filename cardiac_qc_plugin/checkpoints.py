@@ -24,11 +24,11 @@ __all__ = [
     "detector_file",
     "epoch_length",
     "files_beside",
-    "input_channels",
     "load_weights",
     "read_threshold",
     "remove_checkpoint",
     "save_weights",
+    "sees_segmentation",
 ]
 
 LONGEST_EPOCH = 250  # iterations
@@ -111,8 +111,8 @@ def _read_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not a file of weights ({error}).") from error
 
 
-def input_channels(path: str | Path) -> int:
-    """Channels of the input that saved weights are for: of a detector 2, or 3 if it sees the segmentation.
+def sees_segmentation(path: str | Path) -> bool:
+    """Whether saved weights are of a detector that sees the segmentation: its input has 3 channels, not 2.
 
     Raises:
         ValueError: if the file is missing, or holds no weights of a convolutional network.
@@ -120,7 +120,7 @@ def input_channels(path: str | Path) -> int:
     kernels = (value for value in _read_state(path).values() if value.ndim == 4)
     if (first := next(kernels, None)) is None:
         raise ValueError(f"{path}: not the weights of a convolutional network.")
-    return first.shape[1]
+    return first.shape[1] == 3
 
 
 def _trained_region_size(weights: str | Path, size: int | None) -> int | None:

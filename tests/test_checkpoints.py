@@ -13,10 +13,10 @@ from cardiac_qc_plugin.checkpoints import (
     EpochCheckpoint,
     check_version,
     epoch_length,
-    input_channels,
     load_weights,
     remove_checkpoint,
     save_weights,
+    sees_segmentation,
 )
 from cardiac_qc_plugin.metrics import VolumeDetection
 from cardiac_qc_plugin.networks import DilatedCNN, FailureResNet
@@ -215,15 +215,15 @@ def test_weights_of_another_network(weights, other, entry):
 @pytest.mark.parametrize("channels", [2, 3])
 def test_weights_tell_whether_a_detector_sees_the_segmentation(channels, tmp_path):
     save_weights(FailureResNet(in_channels=channels), tmp_path / "model.pt")
-    assert input_channels(tmp_path / "model.pt") == channels
+    assert sees_segmentation(tmp_path / "model.pt") is (channels == 3)
 
 
 def test_weights_without_channels(tmp_path):
     save_weights(nn.Linear(3, 2), tmp_path / "linear.pt")
     with pytest.raises(ValueError, match="linear.pt: not the weights of a convolutional network"):
-        input_channels(tmp_path / "linear.pt")
+        sees_segmentation(tmp_path / "linear.pt")
     with pytest.raises(ValueError, match="none.pt: no such file"):
-        input_channels(tmp_path / "none.pt")
+        sees_segmentation(tmp_path / "none.pt")
 
 
 def test_detector_of_other_regions_is_refused(tmp_path):

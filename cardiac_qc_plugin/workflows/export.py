@@ -19,7 +19,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from cardiac_qc_plugin.bundle import find_bundle
-from cardiac_qc_plugin.checkpoints import files_beside, input_channels, load_weights, read_threshold
+from cardiac_qc_plugin.checkpoints import files_beside, load_weights, read_threshold, sees_segmentation
 
 from .files import file_sha256, read_json, write_file
 
@@ -217,7 +217,7 @@ def weight_files(folder: Path, weights: str | Path | None) -> dict[str, Path]:
 
 def with_channels(text: str, weights: Path) -> str:
     """``train.json`` of a detector with the channels of the weights: ``monai.bundle.load`` makes the network of it."""
-    return re.sub(r'(?<="see_segmentation": )(?:true|false)', json.dumps(input_channels(weights) == 3), text)
+    return re.sub(r'(?<="see_segmentation": )(?:true|false)', json.dumps(sees_segmentation(weights)), text)
 
 
 def write_zip(path: Path, files: dict[str, bytes | Path]) -> None:
