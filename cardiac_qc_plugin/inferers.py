@@ -264,19 +264,18 @@ class MCDropoutSliceInferer(Inferer):
         ``stack``, ``sure``, the probabilities of the pass without dropout, and ``window``, the part of the field that
         counts, are turned.
         """
-        crops, share, kind, inner, shift, cut = stack, 1.0, None, False, None, ()
+        crops, share, kind, shift, cut = stack, 1.0, None, None, ()
         if window != (slice(0, sure.shape[2]), slice(0, sure.shape[3])):
             rows, cols = (aligned(w.start, w.stop, size) for w, size in zip(window, sure.shape[2:], strict=True))
             starts = zip(window, (rows.start, cols.start), strict=True)
             cut = (..., *(slice(w.start - start, w.stop - start) for w, start in starts))
-            kind, inner = "region", passes.border > 0
-            p = passes.border
+            kind, p = "region", passes.border
             crops = F.pad(stack, (p, p, p, p))[:, :, rows.start : rows.stop + 2 * p, cols.start : cols.stop + 2 * p]
             share = crops[0].numel() / F.pad(stack[0], (p, p, p, p)).numel()
         batch = self._batch(passes, stack.device, share)
-        if kind and not inner:  # what the border of the region changes without dropout is taken away
+        if kind and not passes.border:  # what the border of the region changes without dropout is taken away
             parts = [
-                passes.deterministic(crops[positions], positions.tolist(), kind, inner).log_softmax(dim=1)
+                passes.deterministic(crops[positions], positions.tolist(), kind).log_softmax(dim=1)
                 for positions in torch.arange(len(stack)).split(batch)
             ]
             shift = sure[..., rows, cols].clamp_min(torch.finfo(sure.dtype).tiny).log() - torch.cat(parts)
@@ -288,7 +287,7 @@ class MCDropoutSliceInferer(Inferer):
                 part = pairs[first : first + batch]
                 positions = [z for z, _ in part]
                 seeds = [sample_seed(self.seed, z, t) for z, t in part]
-                logits = passes.sample(crops[positions], positions, seeds, kind, inner)
+                logits = passes.sample(crops[positions], positions, seeds, kind)
                 logits = (logits if shift is None else logits + shift[positions])[cut].rot90(-turn, (2, 3))
                 moments.add(part, logits.contiguous().softmax(dim=1))
                 report(self._done(turn, 1 + (start * len(own) + first + len(part)) / len(stack)))

@@ -701,12 +701,12 @@ class FusedNetwork:
         """Most bytes of a layer's output for one image, in the passes so far."""
         return self.state.widest
 
-    def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str, inner: bool = False):
-        """Logits (B, K, H, W) without dropout; ``kind`` is ``"whole"`` or ``"region"``."""
-        return self._pass(images, positions, None, kind, inner)
+    def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str) -> torch.Tensor:
+        """Logits (B, K, H, W) without dropout; ``kind`` is ``"whole"`` or ``"region"``, see :meth:`sample`."""
+        return self._pass(images, positions, None, kind)
 
     def sample(
-        self, images: torch.Tensor, positions: Sequence[int], seeds: Sequence[int], kind: str | None, inner: bool
+        self, images: torch.Tensor, positions: Sequence[int], seeds: Sequence[int], kind: str | None
     ) -> torch.Tensor:
         """Logits (B, K, H, W), each image with the masks of its seed; ``kind`` is None for the whole field.
 
@@ -714,15 +714,15 @@ class FusedNetwork:
             images: (B, C, H, W).
             positions: number of the slice that each image shows.
             seeds: of each image's masks.
-            kind: None, or ``"region"`` after :meth:`deterministic` has seen the whole field and the region.
-            inner: the images come with ``border`` pixels on every side, without logits.
+            kind: None, or ``"region"`` after :meth:`deterministic` has seen the whole field and the region; its images
+                come with ``border`` pixels on every side, without logits.
         """
-        return self._pass(images, positions, [torch.Generator().manual_seed(s) for s in seeds], kind, inner)
+        return self._pass(images, positions, [torch.Generator().manual_seed(s) for s in seeds], kind)
 
-    def _pass(self, images, positions, generators, kind, inner) -> torch.Tensor:
+    def _pass(self, images, positions, generators, kind) -> torch.Tensor:
         state = self.state
         state.positions, state.generators, state.kind, state.masked = positions, generators, kind, False
-        state.inner = inner
+        state.inner = kind == "region" and self.border > 0
         return forward(self.network, images, self.amp)
 
     def forget(self) -> None:
@@ -734,7 +734,7 @@ def _same_passes(network: nn.Module, image: torch.Tensor) -> bool:
     """Whether a network's fused passes give the probabilities of its own, without dropout and with one seed's masks."""
     maps = []
     for passes in (FusedNetwork(network, amp=False), SequentialNetwork(network, amp=False)):
-        sure, drawn = passes.deterministic(image, [0], "whole"), passes.sample(image, [0], [0], None, False)
+        sure, drawn = passes.deterministic(image, [0], "whole"), passes.sample(image, [0], [0], None)
         maps.append(torch.stack([sure, drawn]).softmax(dim=2))
     return torch.allclose(*maps, rtol=0, atol=1e-3, equal_nan=True)
 
@@ -770,12 +770,12 @@ class SequentialNetwork:
         self.border = getattr(network, "border", 0)
         self.amp = amp
 
-    def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str, inner: bool = False):
+    def deterministic(self, images: torch.Tensor, positions: Sequence[int], kind: str) -> torch.Tensor:
         with sampling(self.network, active=False):
-            return self._pass(images, inner)
+            return self._pass(images, kind)
 
     def sample(
-        self, images: torch.Tensor, positions: Sequence[int], seeds: Sequence[int], kind: str | None, inner: bool
+        self, images: torch.Tensor, positions: Sequence[int], seeds: Sequence[int], kind: str | None
     ) -> torch.Tensor:
         cuda = images.device.type == "cuda"
         # not torch.manual_seed, which seeds all devices
@@ -784,12 +784,12 @@ class SequentialNetwork:
         with torch.random.fork_rng(devices=[images.device] if cuda else []), sampling(self.network, active=True):
             for image, seed in zip(images.split(1), seeds, strict=True):
                 generator.manual_seed(seed)
-                logits.append(self._pass(image, inner))
+                logits.append(self._pass(image, kind))
         return torch.cat(logits)
 
-    def _pass(self, images: torch.Tensor, inner: bool) -> torch.Tensor:
+    def _pass(self, images: torch.Tensor, kind: str | None) -> torch.Tensor:
         logits = forward(self.network, images, self.amp)
-        return F.pad(logits, [-self.border] * 4) if inner else logits
+        return F.pad(logits, [-self.border] * 4) if kind == "region" else logits
 
     def begin(self) -> None:
         pass
