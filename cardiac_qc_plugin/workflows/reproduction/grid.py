@@ -13,8 +13,7 @@ from cardiac_qc_plugin.bundle import DETECTOR, find_bundle
 from cardiac_qc_plugin.data.folds import hold_out, training_items
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES, SEGMENTATION_FILE
-from cardiac_qc_plugin.reports.paper_tables import LOSSES as LOSS_NAMES
-from cardiac_qc_plugin.reports.paper_tables import PAIRS, TABLE_V, Experiment
+from cardiac_qc_plugin.reports.paper_tables import LOSSES, PAIRS, TABLE_V, Experiment
 
 from ..files import read_json
 from ..run import DETECT_FILES, digest
@@ -34,10 +33,10 @@ from .stage_work import (
 from .stages import Stage
 from .training import config_files
 
-__all__ = ["ABLATIONS", "LOSSES", "Grid", "Settings"]
+__all__ = ["ABLATIONS", "LOSSES_OF", "Grid", "Settings"]
 
 # section V-A; the networks in the order in which they are trained
-LOSSES = {model: tuple(loss for name, loss in PAIRS if name == model) for model in ("drn", "unet", "dn")}
+LOSSES_OF = {model: tuple(loss for name, loss in PAIRS if name == model) for model in ("drn", "unet", "dn")}
 ABLATIONS = ("samples", "region_size", "labels", "see_segmentation", "detector_maps", "ensemble", "snapshots")
 NEVER = 1_000_000  # epochs
 ALL = -1  # in the place of a fold: nothing is left out
@@ -81,7 +80,7 @@ class Settings:
         output: folder for everything that is written.
         folds: folds to leave out, each in turn; -1 for networks and detectors of all patients, as one would ship them.
         models: ``"drn"``, ``"unet"``, ``"dn"``.
-        losses: of the paper's two for each model (`LOSSES`), those to train with; all by default.
+        losses: of the paper's two for each model (`LOSSES_OF`), those to train with; all by default.
         maps: ``"bmap"``, ``"emap"``.
         regime: ``"short"``, or the name of another training configuration in the bundles, such as ``"paper"``.
         iterations: of the segmentation networks.
@@ -106,8 +105,8 @@ class Settings:
     data: Path
     output: Path
     folds: tuple[int, ...] = (0, 1, 2, 3)
-    models: tuple[str, ...] = tuple(LOSSES)
-    losses: tuple[str, ...] = tuple(LOSS_NAMES)
+    models: tuple[str, ...] = tuple(LOSSES_OF)
+    losses: tuple[str, ...] = tuple(LOSSES)
     maps: tuple[str, ...] = tuple(MAP_FILES)
     regime: str = "short"
     iterations: int | None = None
@@ -124,8 +123,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         choices = {
-            "models": tuple(LOSSES),
-            "losses": tuple(LOSS_NAMES),
+            "models": tuple(LOSSES_OF),
+            "losses": tuple(LOSSES),
             "maps": tuple(MAP_FILES),
             "ablations": ABLATIONS,
             "folds": (*self.all_folds, ALL),
@@ -195,7 +194,7 @@ class Settings:
     @property
     def combinations(self) -> list[tuple[str, str]]:
         """Model and loss of each segmentation network."""
-        return [(model, loss) for model in self.models for loss in LOSSES[model] if loss in self.losses]
+        return [(model, loss) for model in self.models for loss in LOSSES_OF[model] if loss in self.losses]
 
     @cached_property
     def items(self) -> list[dict[str, Any]]:
@@ -472,7 +471,7 @@ class Grid:
             return list(done), list(done.values())
 
         asked, experiments = self.settings, []
-        for model, losses in LOSSES.items():
+        for model, losses in LOSSES_OF.items():
             for loss in losses:
                 if (model, loss) in asked.combinations or (not planned and (asked.output / f"{model}_{loss}").is_dir()):
                     for map in asked.maps if planned else MAP_FILES:
