@@ -18,6 +18,7 @@ __all__ = [
     "DETECTOR",
     "BundlePredictor",
     "SegmentWithBundled",
+    "device_setting",
     "find_bundle",
     "find_detectors",
     "find_device",
@@ -82,6 +83,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def device_setting(device: str | torch.device) -> dict[str, str]:
+    """The entry of a bundle's config that says where it runs; none for ``"auto"``."""
+    return {} if device == "auto" else {"device": f"$torch.device('{device}')"}
+
+
 def one_at_a_time() -> Callable[[Callable[[], Any]], Any]:
     """A function that calls what it is given, for one thread at a time."""
     free = threading.Lock()
@@ -132,7 +138,7 @@ class BundlePredictor:
         overrides = {"bundle_root": str(folder), **overrides}
         if device != "auto":
             # by its own name: the text may come from a request, and the entry is an expression
-            overrides["device"] = f"$torch.device('{find_device(device)}')"
+            overrides |= device_setting(find_device(device))
         self.config.update(overrides)
         self.config.parse()
         weights = Path(self._get("ckpt_path"))

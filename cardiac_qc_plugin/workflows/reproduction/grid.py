@@ -9,7 +9,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from cardiac_qc_plugin.bundle import DETECTOR, find_bundle
+from cardiac_qc_plugin.bundle import DETECTOR, device_setting, find_bundle
 from cardiac_qc_plugin.data.folds import hold_out, training_items
 from cardiac_qc_plugin.data.inputs import Scan, find_scans
 from cardiac_qc_plugin.data.predictions import MAP_FILES, SEGMENTATION_FILE
@@ -21,7 +21,6 @@ from .ablations import CLUSTERS, REGION_SIZES, SAMPLES, TOLERANCES, sweep_labels
 from .stage_work import (
     correct_regions,
     detect_failures,
-    device_setting,
     evaluate_folds,
     inference_digest,
     pool_operating_point,

@@ -22,11 +22,6 @@ from .training import train
 SCANS_AT_ONCE = 10  # between looks at the clock
 
 
-def device_setting(device: str) -> dict[str, str]:
-    """The entry of a bundle's configuration that says where it runs."""
-    return {} if device == "auto" else {"device": f"$torch.device('{device}')"}
-
-
 def inference_digest(bundle: Path) -> str:
     """Digest of a bundle's inference configuration."""
     return digest((bundle / "configs" / "inference.json").read_text())
