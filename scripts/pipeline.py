@@ -45,7 +45,7 @@ def _summary(cases: list[dict], output: str) -> None:
     slices = sum(len(qc["detection"]["flagged_slices"]) for qc in cases)
     total = sum(qc["input"]["shape"][2] for qc in cases)
     print(
-        f"\n{len(cases)} scan(s): {regions} regions flagged in {slices} of {total} slices, in {len(flagged)} scan(s)."
+        f"\n{len(cases)} scan(s): {regions} region(s) flagged in {slices} of {total} slices, in {len(flagged)} scan(s)."
     )
     for qc in sorted(cases, key=lambda qc: -qc["scores"]["urgency"])[:10]:
         volumes = ", ".join(f"{name} {ml:.0f} ml" for name, ml in qc["segmentation"]["volume_ml"].items())

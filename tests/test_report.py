@@ -429,7 +429,7 @@ def test_promise_is_among_the_settings(tmp_path):
     write_json(folder / "qc.json", qc | {"promise": {"kind": "catch", "target": 0.8, "probability": None}})
     assert "80 % of a patient's failure voxels are caught" in report(tmp_path, [folder]).text.replace("’", "'")
     write_json(folder / "qc.json", qc | {"promise": {"kind": "regions_per_patient", "target": 5, "probability": 0.9}})
-    assert "at most 5 regions, in 90 % of patients" in report(tmp_path, [folder]).text
+    assert "no more regions than 5, in 90 % of patients" in report(tmp_path, [folder]).text
 
 
 def test_failures_alone(tmp_path):

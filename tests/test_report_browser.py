@@ -113,8 +113,8 @@ def test_cohort_slider_counts_what_the_files_have(page, cohort):
         flags = [reached(volume, grid[step]) for volume in volumes.values()]
         regions, slices = (sum(int(f.sum()) for f in part) for part in (flags, [f.any(axis=(0, 1)) for f in flags]))
         cases = sum(f.any() for f in flags)
-        expected = f"{regions} regions on {slices} of {5 * SHAPE[2]} slices flagged, in {cases} of 5 cases."
-        assert status.inner_text().startswith(expected)
+        found = f"{regions} region{'s' * (regions != 1)} on {slices} of {5 * SHAPE[2]} slices"
+        assert status.inner_text().startswith(f"{found} flagged, in {cases} of 5 cases.")
         cells = page.locator("#cases tbody td[data-label='Flagged regions']").all_inner_texts()
         assert list(map(int, cells)) == [int(f.sum()) for f in flags]
     page.get_by_role("button", name="Operating point").click()

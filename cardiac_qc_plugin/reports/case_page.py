@@ -163,7 +163,7 @@ def promised(promise: Mapping[str, Any]) -> str:
     """What a threshold was chosen for, by ``promise`` of a case's ``qc.json``."""
     if promise["kind"] == "catch":
         return f"{100 * promise['target']:g} % of a patient's failure voxels are caught, on average"
-    return f"at most {promise['target']:g} regions, in {100 * promise['probability']:g} % of patients"
+    return f"no more regions than {promise['target']:g}, in {100 * promise['probability']:g} % of patients"
 
 
 def _bundle(stage: Mapping[str, Any]) -> str:

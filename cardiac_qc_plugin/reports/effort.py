@@ -74,7 +74,7 @@ def effort_text(summary: Mapping[str, Any]) -> str:
             for test in (lambda row: not row["regions_per_patient"], lambda row: row["all_regions"])
         )
         parts.append(
-            f"{NAMES[own['map']]}: {own['n_patients']} patients, {own['n_cases']} volumes of `{own['predictions']}`. "
+            f"{NAMES[own['map']]}, {own['n_patients']} patient(s), {own['n_cases']} volume(s): `{own['predictions']}`. "
             f"Mean Dice {number(start['dice'], 3)}, mean HD {number(start['hausdorff_mm'], 1)} mm. With all failures "
             f"corrected and no other voxel {number(own['all_failures']['dice'], 3)} and "
             f"{number(own['all_failures']['hausdorff_mm'], 1)} mm; with all {end['regions_per_patient']:.0f} regions "

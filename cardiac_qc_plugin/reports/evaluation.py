@@ -32,8 +32,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     settings = summary["settings"]
     parts = [
         "# Evaluation",
-        f"{summary['n_cases']} cases of `{settings['predictions']}` against `{settings['reference']}`; "
-        f"{summary['n_patients']} patients with end-diastole (ED) and end-systole (ES). "
+        f"`{settings['predictions']}` against `{settings['reference']}`: {summary['n_cases']} case(s), "
+        f"{summary['n_patients']} patient(s) with end-diastole (ED) and end-systole (ES). "
         "Mean ± standard deviation.",
         *_segmentation(summary["segmentation"], summary["mean_dice"]),
         *_clinical(summary["clinical"], "Clinical indices, automatic - reference"),
@@ -138,7 +138,7 @@ def _detection(detection: Mapping[str, Any]) -> list[str]:
     thresholds = ", ".join(f"{threshold:.3g}" for threshold in detection["thresholds"])
     return [
         "## Detection of failures",
-        f"{detection['n_cases']} cases; flagged means a probability of at least {thresholds}, "
+        f"{detection['n_cases']} case(s); flagged means a probability of at least {thresholds}, "
         "chosen before this evaluation.",
         table(["criterion", *detection["criteria"]], rows),
     ]
@@ -186,7 +186,7 @@ def _comparison(comparison: Mapping[str, Any], other: str) -> list[str]:
     fell = f"The mean HD fell in {comparison['hausdorff_fell']} of {comparison['hausdorff_cells']} cells."
     return [
         f"## Before and after: `{other}`",
-        f"{comparison['n_cases']} cases. {fell}",
+        f"{comparison['n_cases']} case(s). {fell}",
         table(header, rows),
         *_clinical(comparison["clinical"], "Clinical indices after, automatic - reference"),
         *_plausibility(comparison["plausibility"]),

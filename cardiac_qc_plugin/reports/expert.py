@@ -22,7 +22,7 @@ def expert_text(summary: Mapping[str, Any]) -> str:
     total = summary["n_cases"] + len(summary["not_edited"]) + len(summary["failed"])
     parts = [
         "# Automatic segmentation, simulated correction, expert's correction",
-        f"{summary['n_cases']} of {total} cases of `{settings['predictions']}`, {summary['n_patients']} patients: "
+        f"{summary['n_cases']} of {total} cases of `{settings['predictions']}`, {summary['n_patients']} patient(s): "
         f"those that have a mask in `{settings['expert']}`. The expert changed {changed['expert']} voxels, the "
         f"simulation {changed['simulated']}; edited outside flagged regions and dropped: "
         f"{summary['n_voxels_dropped']}.",

@@ -17,7 +17,7 @@ def promise_text(promise: Any) -> str:
         promise: a `cardiac_qc_plugin.workflows.calibrate.Promise`.
     """
     found = (
-        f"regions of probability {promise.threshold:.4f} or more are flagged. In {promise.n_patients} patients "
+        f"regions of probability {promise.threshold:.4f} or more are flagged. In {promise.n_patients} patient(s) "
         f"({promise.source}) that caught {100 * promise.caught:.1f} % of the failure voxels with "
         f"{promise.regions_per_patient:.1f} regions per patient."
     )
@@ -43,7 +43,7 @@ def calibration_text(
     without = int((calibration.failure_voxels == 0).sum())
     parts = [
         f"Calibration for the {calibration.model} and the {NAMES[calibration.map]} on {len(calibration.patients)} "
-        f"patients ({calibration.source}), {without} of them without a failure. {done}",
+        f"patient(s) ({calibration.source}), {without} of them without a failure. {done}",
         *_made([promise for promise in promises if not isinstance(promise, str)]),
         *(promise for promise in promises if isinstance(promise, str)),
     ]
@@ -75,4 +75,4 @@ def _made(promises: Sequence[Any]) -> list[str]:
 def _asked(row: Mapping[str, Any]) -> str:
     if row["kind"] == "catch":
         return f"catch {100 * row['target']:g} % of the failure voxels"
-    return f"no more than {row['target']:g} regions"
+    return f"no more regions than {row['target']:g}"

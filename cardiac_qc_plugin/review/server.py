@@ -266,7 +266,7 @@ def serve(
         port = listener.getsockname()[1]
         token, once = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         address = f"http://{HOST}:{port}/?token="
-        told = f"{len(seat.folders)} cases. Corrections go to {output}\nOpen {address}{token}\nCtrl-C ends the server."
+        told = f"Cases: {len(seat.folders)}. Corrections go to {output}\nOpen {address}{token}\nCtrl-C ends the server."
         print(told, flush=True)  # a pipe or a log file would have it when the server ends
         app = create_app(seat, token, port, reviewer, once if browser else None)
         config = uvicorn.Config(app, log_level="warning", server_header=False, ws="none", lifespan="off")

@@ -146,7 +146,7 @@ class ReviewState:
             raise Refused(f"incomplete is true or false, got {event['incomplete']!r}.")
         elif action == "finish" and not event.get("incomplete"):
             if left := sorted(set(self.regions) - set(self.decisions)):
-                raise Refused(f"{len(left)} regions are not decided yet: {', '.join(map(str, left))}.")
+                raise Refused(f"Regions that are not decided yet: {', '.join(map(str, left))}.")
 
     def _check_paint(self, event: dict[str, Any]) -> None:
         height, width, depth = shape = self.automatic.shape
@@ -162,7 +162,7 @@ class ReviewState:
             raise Refused(f"Voxels beyond the slice of {height} x {width}: {_listed(voxels, z)}.")
         outside = voxels[self.flagged[voxels[:, 0], voxels[:, 1], z] == 0]
         if len(outside):
-            raise Refused(f"{len(outside)} voxels lie outside the flagged regions: {_listed(outside, z)}.")
+            raise Refused(f"Voxels outside the flagged regions: {_listed(outside, z)}.")
 
     def _check_decision(self, event: dict[str, Any]) -> None:
         numbers, decision = event.get("regions"), event.get("decision")

@@ -118,7 +118,7 @@ def apply_edits(
     )
     if report.n_outside and on_outside == "error":
         raise ValueError(
-            f"{report.n_outside} voxels were edited outside the flagged regions, in slices "
+            f"{report.n_outside} voxel(s) edited outside the flagged regions, in slice(s) "
             f"{', '.join(str(z + 1) for z in report.slices_outside)} (counted from 1): undo these edits, or drop them "
             "(--on_outside drop)."
         )

@@ -178,7 +178,7 @@ class CheckScan(Transform):
             )
         if not bool(torch.isfinite(image).all()):
             count = int((~torch.isfinite(image)).sum())
-            raise ValueError(f"{name}: {count} voxels are NaN or infinite. Repair or re-export the scan.")
+            raise ValueError(f"{name}: {count} voxel(s) NaN or infinite. Repair or re-export the scan.")
         low, high = np.percentile(image.numpy(), (1, 99))
         if low == high:
             raise ValueError(f"{name}: at least 98 % of the voxels are {low:g}. The file holds no image.")

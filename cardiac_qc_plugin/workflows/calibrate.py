@@ -130,7 +130,7 @@ class Calibration:
             index = control_risk(losses, 1 - target)
         except InfeasibleRisk as error:
             raise ValueError(
-                f"A catch of {target:g} cannot be promised from {error.n} patients ({self.source}): at most "
+                f"A catch of {target:g} cannot be promised from {error.n} patient(s) ({self.source}): at most "
                 f"{np.floor(1e4 * (1 - error.smallest)) / 1e4:g} can, with every region flagged. Ask for less, or "
                 f"calibrate on more patients: {target:g} takes {int(np.ceil(1 / (1 - target) - 1 - 1e-9))} or more."
             ) from error
@@ -149,7 +149,7 @@ class Calibration:
         except InfeasibleRisk as error:
             raise ValueError(
                 f"{regions:g} regions per patient cannot be promised for {WITHIN_BUDGET:.0%} of the patients from "
-                f"{error.n} calibration patients ({self.source}): for {1 - error.smallest:.1%} at most. It takes "
+                f"{error.n} calibration patient(s) ({self.source}): for {1 - error.smallest:.1%} at most. It takes "
                 f"{round(1 / (1 - WITHIN_BUDGET)) - 1} patients or more."
             ) from error
         return self._promise("regions_per_patient", regions, WITHIN_BUDGET, index)
@@ -258,7 +258,7 @@ def calibrate(
         check_same(own, other, str(test))
         if both := [patient for patient in other.patients if patient in own.patients]:
             raise ValueError(
-                f"{test}: {len(both)} of its {len(other.patients)} patients are in the calibration too: "
+                f"{test}: patients that are in the calibration too, {len(both)} of {len(other.patients)}: "
                 f"{', '.join(both[:10])}{', ...' if len(both) > 10 else ''}. A test on them tells nothing of other "
                 "patients: leave them out of one of the two folders."
             )
@@ -296,7 +296,7 @@ def read_patients(
     cases, failures = each_case(folder, read, f"read {folder.name}")
     if not cases:
         listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
-        raise ValueError(f"{folder}: none of its {len(failures)} cases could be read:\n{listed}")
+        raise ValueError(f"{folder}: none of its {len(failures)} case(s) could be read:\n{listed}")
     first, (_, made, _) = next(iter(cases.items()))
     if other := [case for case, (_, own, _) in cases.items() if own != made]:
         raise ValueError(

@@ -223,7 +223,7 @@ def _n_regions(flagged: np.ndarray) -> int:
 def _summary(records: list[dict[str, Any]], failures: dict[str, str], output: Path) -> str:
     voxels = sum(record["n_voxels_changed"] for record in records)
     touched = sum(record["n_voxels_changed"] > 0 for record in records)
-    lines = [f"Corrected {len(records)} cases: {voxels} voxels changed, in {touched} cases. Result: {output}"]
+    lines = [f"Corrected {len(records)} case(s): {voxels} voxel(s) changed, in {touched} case(s). Result: {output}"]
     if regions := [record["n_regions_flagged"] for record in records if "n_regions_flagged" in record]:
         lines.append(f"Flagged regions: {sum(regions)}.")
     if dropped := sum(record["edits"]["n_outside"] for record in records if "edits" in record):

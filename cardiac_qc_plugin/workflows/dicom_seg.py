@@ -100,7 +100,7 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
                     written += _write_phase(folder, planes, sources, read)
                 except ValueError as error:
                     failures[folder.relative_to(predictions).as_posix()] = str(error)
-    lines = [f"{written} DICOM Segmentations in {predictions}."]
+    lines = [f"{written} DICOM Segmentation(s) in {predictions}."]
     lines += [f"FAILED {case}: {message}" for case, message in failures.items()]
     return Outcome("\n".join(lines), failures)
 

@@ -156,7 +156,7 @@ def _read(folder: Path, references: References, criterion: str, apex: str) -> tu
     )
     if not cases:
         listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
-        raise ValueError(f"{folder}: none of its {len(failures)} cases could be measured:\n{listed}")
+        raise ValueError(f"{folder}: none of its {len(failures)} case(s) could be measured:\n{listed}")
     if len(maps := {case.map for case in cases.values()}) > 1:
         raise ValueError(f"{folder}: cases of the maps {' and '.join(sorted(maps))}. Give one folder for each map.")
     return cases, failures

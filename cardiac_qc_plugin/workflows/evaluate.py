@@ -130,7 +130,7 @@ def _measure(roots: Sequence[str | Path], measure: partial) -> tuple[dict[str, M
         cases, failures = cases | told_by_labels(own, problems), failures | problems
     if not cases:
         listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
-        raise ValueError(f"{_listed(roots)}: none of its {len(failures)} cases could be measured:\n{listed}")
+        raise ValueError(f"{_listed(roots)}: none of its {len(failures)} case(s) could be measured:\n{listed}")
     return cases, failures
 
 

@@ -144,7 +144,7 @@ def read_map(path: Path, segmentation: Volume) -> np.ndarray:
     """
     values = read_like(path, segmentation)
     if bad := np.count_nonzero(~np.isfinite(values)):
-        raise ValueError(f"{path}: {bad} voxels are not finite. Run this case again.")
+        raise ValueError(f"{path}: {bad} voxel(s) not finite. Run this case again.")
     return values
 
 

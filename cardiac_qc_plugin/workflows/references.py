@@ -76,7 +76,7 @@ def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> t
     cines = {match[1] for name in (results | failures).keys() - unlabelled if (match := PHASE.fullmatch(name))}
     left_out = [name for name in unlabelled if (match := PHASE.fullmatch(name)) and match[1] in cines]
     if left_out:
-        print(f"{description}: {len(left_out)} phases of cines have no labels, and are left out.", file=sys.stderr)
+        print(f"{description}: {len(left_out)} phase(s) of cines without labels left out.", file=sys.stderr)
     return results, {name: message for name, message in failures.items() if name not in left_out}
 
 

@@ -144,7 +144,7 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     screen.press("a", "a")
     page.click("#finish.primary")
     page.wait_for_selector("#message[open]")
-    assert "1 regions corrected, 2 accepted" in page.text_content("#message-text")
+    assert "Regions corrected: 1, accepted as correct: 2" in page.text_content("#message-text")
     labels = written(tmp_path)
     np.testing.assert_array_equal(labels, expected)
     changed = labels != automatic()
@@ -153,7 +153,7 @@ def test_a_case_from_opening_to_finishing(chromium, address, tmp_path):
     assert audit["reviewers"] == ["Dr A"] and audit["voxels_changed"] == changed.sum() and 0 < audit["seconds"] < 600
     page.click("text=All cases")
     page.wait_for_selector("#worklist:not([hidden])")
-    page.wait_for_selector("#totals:has-text('1 of 2 cases')")  # which the server counts after the list has appeared
+    page.wait_for_selector("#totals:has-text('finished: 1 of 2')")  # which the server counts after the list appeared
     assert not screen.complaints
 
 
@@ -163,7 +163,7 @@ def test_a_case_finished_with_regions_undecided(chromium, address, tmp_path):
     page = screen.page
     screen.press("a", "Enter")
     page.wait_for_selector("#message[open]")
-    assert "2 regions are not decided" in page.text_content("#message-text")
+    assert "Regions that are not decided: 2" in page.text_content("#message-text")
     page.click("text=Go on")
     assert not (tmp_path / "out" / "p1_ed" / "audit.json").exists()
     page.click("#finish")
@@ -243,7 +243,7 @@ def test_leaving_waits_for_what_is_not_saved(chromium, address):
         screen.page.wait_for_selector("#saved.unsaved")
         screen.page.keyboard.press("Escape")
         screen.page.wait_for_selector("#message[open]")
-        assert "1 actions are not saved yet" in screen.page.text_content("#message-text")
+        assert "Actions that are not saved yet: 1" in screen.page.text_content("#message-text")
         screen.page.click(f"#message >> text={choice}")
         screen.page.wait_for_selector("#worklist:not([hidden])" if list_is_shown else "#seat:not([hidden])")
 

@@ -68,7 +68,7 @@ def test_a_final_that_edits_outside_is_refused_and_the_others_go_on(studies):
     submit(studies, "p1_es", edited(INSIDE))
     failures = run(studies).failures
     assert list(failures) == ["p1_ed"]
-    assert "final/p1_ed.nii.gz: 1 voxels were edited outside the flagged regions" in failures["p1_ed"]
+    assert "final/p1_ed.nii.gz: 1 voxel(s) edited outside the flagged regions" in failures["p1_ed"]
     assert not (studies.parent / "out" / "p1_ed" / "segmentation.nii.gz").exists()
     np.testing.assert_array_equal(corrected(studies, "p1_es"), edited(INSIDE))
 

@@ -247,7 +247,7 @@ def test_bodies_are_limited_with_and_without_a_length(page, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"voxels": [[16, 16], [0, 3]]}, "1 voxels lie outside the flagged regions: (0, 3, 1)"),
+        ({"voxels": [[16, 16], [0, 3]]}, "Voxels outside the flagged regions: (0, 3, 1)"),
         ({"shape": [64, 48, 5]}, "shape [64, 48, 5]"),
         ({"label": 7}, "Unknown label 7"),
     ],
@@ -452,7 +452,7 @@ def test_the_last_word_has_the_rule_of_correct(predictions, tmp_path):
     page.open()
     seat.reviews["p1_ed"].state.labels[0, 0, 0] = 1
     answer = page.act("finish", incomplete=True)
-    assert answer.status_code == 422 and "1 voxels were edited outside the flagged regions" in answer.json()["error"]
+    assert answer.status_code == 422 and "1 voxel(s) edited outside the flagged regions" in answer.json()["error"]
     assert not (tmp_path / "out" / "p1_ed" / "segmentation.nii.gz").exists()
 
 

@@ -55,7 +55,7 @@ def test_regions_are_found_with_their_boxes(player):
     [
         (
             {"voxels": [[16, 16], [0, 0], [15, 16]]},
-            r"2 voxels lie outside the flagged regions: \(0, 0, 1\), \(15, 16, 1\)",
+            r"Voxels outside the flagged regions: \(0, 0, 1\), \(15, 16, 1\)",
         ),
         ({"slice": 2}, "outside the flagged regions"),
         ({"voxels": [[-48, 16]]}, "beyond the slice"),
@@ -153,7 +153,7 @@ def test_decisions_have_to_be_true(player):
 
 
 def test_finishing_needs_decisions_and_closes_the_case(player):
-    with pytest.raises(Refused, match="3 regions are not decided yet: 1, 2, 3"):
+    with pytest.raises(Refused, match="Regions that are not decided yet: 1, 2, 3"):
         player.do("finish")
     player.do("decide", regions=[1, 2, 3], decision="accepted")
     player.do("finish")

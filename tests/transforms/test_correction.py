@@ -117,7 +117,7 @@ def test_edits_outside_are_refused_or_dropped():
     prediction, edited, flagged = edits()
     accepted = edited.copy()
     edited[3, 3, 0] = edited[5, 5, 1] = edited[4, 4, 1] = 1
-    with pytest.raises(ValueError, match=r"3 voxels.*slices 1, 2 .*drop"):
+    with pytest.raises(ValueError, match=r"3 voxel\(s\).*slice\(s\) 1, 2 .*drop"):
         apply_edits(prediction, edited, flagged)
     corrected, report = apply_edits(prediction, edited, flagged, on_outside="drop")
     np.testing.assert_array_equal(corrected, accepted)

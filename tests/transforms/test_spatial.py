@@ -224,7 +224,7 @@ def test_accepted_spacings(spacing):
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(np.nan, "1 voxels are NaN"), (np.inf, "1 voxels"), (-np.inf, "1 voxels")]
+    ("value", "message"), [(np.nan, r"1 voxel\(s\) NaN"), (np.inf, r"1 voxel\("), (-np.inf, r"1 voxel\(")]
 )
 def test_values_that_are_no_number(value, message):
     data = np.random.default_rng(0).random((1, 6, 7, 3))

@@ -67,7 +67,7 @@ def test_paper_rule_takes_the_reference_in_flagged_regions_only(run):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             assert record["sources"][source] == {"path": str(path), "sha256": digest}
         n_changed += record["n_voxels_changed"]
-    assert f"Corrected 2 cases: {n_changed} voxels changed, in 2 cases" in outcome.text
+    assert f"Corrected 2 case(s): {n_changed} voxel(s) changed, in 2 case(s)" in outcome.text
     assert not list((root / "out").rglob(".part*"))
 
 
@@ -183,7 +183,7 @@ def test_edits_outside_flagged_regions_are_refused_or_dropped(run):
     outcome = correct(root / "run", root / "out", edited=root / "edited")
     assert set(outcome.failures) == set(cases)
     path = root / "edited" / CASE / "segmentation.nii.gz"
-    assert outcome.failures[CASE].startswith(f"{path}: 3 voxels were edited outside")
+    assert outcome.failures[CASE].startswith(f"{path}: 3 voxel(s) edited outside")
     assert f"FAILED {CASE}: {path}" in outcome.text
 
     outcome = correct(root / "run", root / "out", edited=root / "edited", on_outside="drop")

@@ -37,7 +37,7 @@ def test_read_back_equal_to_the_nifti_masks(tmp_path):
     write(tmp_path / "in", cine())
     masks = run_on(tmp_path / "in", tmp_path / "out")
     outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
-    assert outcome.failures == {} and outcome.text.startswith("16 DICOM Segmentations")
+    assert outcome.failures == {} and outcome.text.startswith("16 DICOM Segmentation(s)")
     for t, (folder, (labels, regions)) in enumerate(masks.items()):
         segmentation = hd.seg.segread(folder / "segmentation.dcm")
         uids = [f"{ROOT}1.{z + 1}.{t + 1}" for z in range(SLICES)]
@@ -176,7 +176,7 @@ def test_frames_of_enhanced_mr(tmp_path, files):
     write(tmp_path / "in", images)
     masks = run_on(tmp_path / "in", tmp_path / "out")
     outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
-    assert outcome.failures == {} and outcome.text.startswith(f"{2 * PHASES} DICOM Segmentations")
+    assert outcome.failures == {} and outcome.text.startswith(f"{2 * PHASES} DICOM Segmentation(s)")
     for t, (folder, (labels, _)) in enumerate(masks.items()):
         segmentation = hd.seg.segread(folder / "segmentation.dcm")
         references = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence

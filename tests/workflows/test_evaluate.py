@@ -369,7 +369,7 @@ def test_a_cine_with_labels_at_two_phases(tmp_path, capsys):
         shutil.copytree(tmp_path / "run" / frame, cine / f"phase{phase:02d}")
     outcome = evaluate(tmp_path / "cines", tmp_path / "acdc", tmp_path / "out")
     assert not outcome.failures
-    assert "4 phases of cines have no labels, and are left out" in capsys.readouterr().err
+    assert "4 phase(s) of cines without labels left out" in capsys.readouterr().err
     found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "frames"))
     for key in ("n_cases", "segmentation", "mean_dice", "clinical"):
         assert found[key] == expected[key]
@@ -498,7 +498,7 @@ def test_folds_are_measured_together(evaluated, tmp_path):
 def test_no_measurable_case_is_an_error(run):
     root, cases = run
     save(root / "labels" / "other_gt.nii.gz", heart(1))
-    with pytest.raises(ValueError, match=f"none of its 2 cases could be measured:\n- {CASE}: .*no label file"):
+    with pytest.raises(ValueError, match=rf"none of its 2 case\(s\) could be measured:\n- {CASE}: .*no label file"):
         evaluate(root / "run", root / "labels", root / "out")
     assert not (root / "out").exists()
 

@@ -116,7 +116,7 @@ def written(output):
 
 
 def test_tables_agree_with_the_files(settings, grid):
-    assert re.search(r"^13 stages carried out", grid, re.MULTILINE)
+    assert re.search(r"^13 stage\(s\) carried out", grid, re.MULTILINE)
     output, reference = settings.output, settings.data
     dice, failing = {"ED": [], "ES": []}, []
     for fold in (0, 1):
@@ -177,10 +177,10 @@ def test_a_second_run_does_nothing_and_a_change_only_what_follows(settings, grid
     shutil.copytree(settings.output, output)
     settings = replace(settings, output=output)  # a moved folder stays valid
     before = written(output)
-    assert "0 stages carried out, 13 were there already" in reproduce(settings).text
+    assert "0 stage(s) carried out, 13 there already" in reproduce(settings).text
     assert written(output) == before
     outcome = reproduce(replace(settings, detector_iterations=3))
-    assert "7 stages carried out, 6 were there already" in outcome.text and outcome.failures == {}
+    assert "7 stage(s) carried out, 6 there already" in outcome.text and outcome.failures == {}
     changed = {name for name, when in written(output).items() if before.get(name) != when}
     assert all("in_sample" in name or "evaluation" in name for name in changed)
     for fold in (0, 1):
@@ -224,7 +224,7 @@ def test_killed_in_training_it_ends_with_the_same_weights(settings, world):
 def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, world):
     settings = replace(settings, output=world / "budget", folds=(0,), iterations=3)
     outcome = reproduce(settings, budget_minutes=1e-9)
-    assert "0 stages carried out" in outcome.text and "7 stages remain" in outcome.text and outcome.failures == {}
+    assert "0 stage(s) carried out" in outcome.text and "7 stage(s) left" in outcome.text and outcome.failures == {}
     assert "  drn_ce/fold0/segmentation" in outcome.text
     stage = Grid(settings).network("drn", "ce", 0)
     with pytest.raises(BudgetSpent):
@@ -349,7 +349,7 @@ def test_what_is_shipped_learns_from_all(settings, grid, world):
     shutil.copytree(settings.output, output)
     settings = replace(settings, output=output, folds=(0, 1, -1))
     outcome = reproduce(settings)
-    assert "4 stages carried out, 13 were there already" in outcome.text and outcome.failures == {}
+    assert "4 stage(s) carried out, 13 there already" in outcome.text and outcome.failures == {}
     folder = output / "drn_ce/all/bmap/in_sample"
     assert not (folder / "detector/model_operating_point.json").exists() and (folder / "detector/model.pt").is_file()
     assert len(list((output / "drn_ce/all/bmap/training").glob("*/qc.json"))) == 12
@@ -375,7 +375,7 @@ def test_weights_that_were_trained_elsewhere(settings, grid, world):
         shutil.copytree(settings.output / folder, given / folder)
     taking = replace(settings, output=output, folds=(0,), iterations=3, trained=given)
     outcome = reproduce(taking)
-    assert "6 stages carried out" in outcome.text and not outcome.failures
+    assert "6 stage(s) carried out" in outcome.text and not outcome.failures
     assert not list(output.glob("**/loss.csv")) and not (output / "drn_ce/fold0/bmap/training").exists()
     for name in ("failure_probability", "segmentation"):
         paths = [root / RUN.format(0) / "in_sample/detected" for root in (settings.output, output)]
@@ -383,10 +383,10 @@ def test_weights_that_were_trained_elsewhere(settings, grid, world):
         assert [read_volume(p).data.tolist() for p in first] == [read_volume(p).data.tolist() for p in second] != []
     assert "| drn_ce/fold0/segmentation | trained elsewhere |  |  |  |" in (output / "results.md").read_text()
 
-    assert "0 stages carried out" in reproduce(taking).text
+    assert "0 stage(s) carried out" in reproduce(taking).text
     point = given / "drn_ce/fold0/bmap/in_sample/detector/model_operating_point.json"
     write_json(point, read_json(point) | {"threshold": 0.5})
-    assert "4 stages carried out" in reproduce(taking).text  # the detector, and what comes after it
+    assert "4 stage(s) carried out" in reproduce(taking).text  # the detector, and what comes after it
     point.unlink()
     with pytest.raises(ValueError, match="model_operating_point.json: no such file, but it belongs to the model.pt"):
         reproduce(taking)

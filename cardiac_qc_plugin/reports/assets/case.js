@@ -6,7 +6,6 @@ const record = JSON.parse(byId("record").textContent);
 const effort = byId("effort") && JSON.parse(byId("effort").textContent);
 const sheet = byId("sheet"), slider = byId("threshold");
 const figures = [...sheet.querySelectorAll("figure")];
-const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 let shown = [], current = -1;
 
 function flag() {

@@ -161,8 +161,8 @@ for (const tools of document.querySelectorAll("[data-group]")) {
     tools.querySelector("b").textContent = text;
     input.setAttribute("aria-valuetext", text);
     tools.querySelector("p").textContent =
-      `${sum(regions)} regions on ${sum(slices)} of ${sum((row) => row.total)} slices flagged, in ` +
-      `${own.filter((row) => regions(row) > 0).length} of ${own.length} cases. ${effortText(group.effort, threshold)}`;
+      `${plural(sum(regions), "region")} on ${sum(slices)} of ${plural(sum((row) => row.total), "slice")} flagged, in ` +
+      `${own.filter((row) => regions(row) > 0).length} of ${plural(own.length, "case")}. ${effortText(group.effort, threshold)}`;
   };
   const choose = () => { chosen[index] = Number(input.value); tell(); worklist.refresh(true); };
   input.addEventListener("input", choose);

@@ -1,4 +1,5 @@
 "use strict";
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 /** A threshold as a text. */
 function operatingText(threshold, operating) {
   return `${threshold.toFixed(3).replace(/0$/, "")}${operating ? " (operating point)" : ""}`;
@@ -12,6 +13,6 @@ function effortText(effort, threshold) {
   const share = width > 0 ? (threshold - at[before]) / width : 1;
   const [caught, regions] = [effort.caught, effort.regions_per_patient].map(
     (values) => values[before] + share * (values[after] - values[before]));
-  return `On ${effort.patients} validation patients (${effort.source}) this threshold caught ` +
+  return `On ${plural(effort.patients, "validation patient")} (${effort.source}) this threshold caught ` +
     `${(100 * caught).toFixed(0)} % of the failure voxels, and flagged ${regions.toFixed(1)} regions per patient.`;
 }

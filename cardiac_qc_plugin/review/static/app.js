@@ -43,12 +43,12 @@ async function showWorklist() {
   const reviewable = cases.filter((row) => row.regions);
   const timed = done.filter((row) => row.regions);
   const mean = timed.reduce((sum, row) => sum + row.seconds, 0) / Math.max(timed.length, 1);
-  $("totals").textContent = `${timed.length} of ${reviewable.length} cases with flagged regions finished` +
+  $("totals").textContent = `Cases with flagged regions finished: ${timed.length} of ${reviewable.length}` +
     (timed.length ? `, ${clock(mean)} each on average.` : ".");
   $("rows").replaceChildren(...cases.map(worklistRow));
   const unflagged = unflaggedCases();
   $("accept-unflagged").hidden = !unflagged.length;
-  $("accept-unflagged").textContent = `Accept the ${unflagged.length} segmentations in which nothing is flagged`;
+  $("accept-unflagged").textContent = `Accept the segmentations in which nothing is flagged (${unflagged.length})`;
   $("next-case").disabled = !nextCase();
 }
 
@@ -86,7 +86,7 @@ async function acceptUnflagged() {
     if (session) await close(row.case, session);
   }
   if (!open) await showWorklist();
-  if (problems.length) tell(`${problems.length} cases were not accepted. ${problems.join(" ")}`);
+  if (problems.length) tell(`Not accepted: ${problems.join(" ")}`);
 }
 
 function reviewer() {
@@ -158,7 +158,7 @@ async function leaveCase() {
   if (queue.waiting.length) await within(queue.run());
   if (open?.queue !== queue) return !open; // left by another way meanwhile
   const unsaved = queue.waiting.length;
-  if (unsaved && !(await confirmed(`${unsaved} actions are not saved yet.`, "Leave without them"))) return false;
+  if (unsaved && !(await confirmed(`Actions that are not saved yet: ${unsaved}.`, "Leave without them"))) return false;
   closing = Promise.all([closing, queue.end()]);
   open = null;
   return true;
@@ -328,7 +328,7 @@ function showSummary() {
   const box = document.createElement("div");
   const title = Object.assign(document.createElement("h2"), { textContent: `${name} is finished` });
   const text = document.createElement("p");
-  text.textContent = `${counts("corrected")} regions corrected, ${counts("accepted")} accepted as correct, in ${clock(state.seconds)}.`;
+  text.textContent = `Regions corrected: ${counts("corrected")}, accepted as correct: ${counts("accepted")}, in ${clock(state.seconds)}.`;
   const table = document.createElement("table");
   for (const cells of [["", "automatic", "reviewed"], ...rows]) {
     const row = table.insertRow();
@@ -377,7 +377,7 @@ function decideCurrent(decision) {
 function finish() {
   if (open.state.finished) return showSummary();
   const left = open.state.regions.filter((region) => !region.decision).length;
-  if (left) return ask(`${left} regions are not decided.`, { "Go on": () => {}, "Finish all the same": () => act({ action: "finish", incomplete: true }) });
+  if (left) return ask(`Regions that are not decided: ${left}.`, { "Go on": () => {}, "Finish all the same": () => act({ action: "finish", incomplete: true }) });
   act({ action: "finish" });
 }
 

@@ -87,9 +87,9 @@ def finish(progress: Progress, measured: Progress, output: Path) -> Outcome:
     """The summary for the terminal."""
     failures = progress.failures | measured.failures
     carried_out, skipped = progress.carried_out + measured.carried_out, progress.skipped + measured.skipped
-    lines = [f"{len(carried_out)} stages carried out, {len(skipped)} were there already."]
+    lines = [f"{len(carried_out)} stage(s) carried out, {len(skipped)} there already."]
     if progress.remaining:
-        lines.append(f"{len(progress.remaining)} stages remain; run the same command again to go on with:")
+        lines.append(f"{len(progress.remaining)} stage(s) left; run the same command again to go on with:")
         lines += [f"  {name}" for name in progress.remaining]
     lines += [f"FAILED {name}: {message}" for name, message in failures.items()]
     lines.append(f"Tables and figures of what is done: {output / 'results.md'}")
