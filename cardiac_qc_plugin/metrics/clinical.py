@@ -11,7 +11,7 @@ from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES, check_labels, ch
 from cardiac_qc_plugin.metrics.statistics import mean_sd, paired_values, pearson
 
 DENSITY = 1.05
-"""Of myocardium, g/ml."""
+"""Of myocardium, g/ml. The paper gives none; this is the usual value."""
 ENOUGH_PHASES = 12
 """Of a cine, to tell a jump from a beat; ACDC's have that many at least."""
 
@@ -68,35 +68,8 @@ def structure_volumes(labels: np.ndarray, spacing: Sequence[float]) -> dict[str,
     return {name: float(counts[label] * voxel_ml) for label, name in CLASS_NAMES.items()}
 
 
-def clinical_indices(
-    ed_labels: np.ndarray,
-    es_labels: np.ndarray,
-    spacing_ed: Sequence[float],
-    spacing_es: Sequence[float],
-    density: float = DENSITY,
-) -> ClinicalIndices:
-    """EDV, ESV and EF of both ventricles and the mass of the LVM (paper, section IV), see `indices_of_volumes`.
-
-    Args:
-        ed_labels: labels at end-diastole, shape (H, W, D), values 0-3.
-        es_labels: labels at end-systole, shape (H', W', D'), values 0-3.
-        spacing_ed: (row, column, slice) in mm at end-diastole.
-        spacing_es: the same at end-systole.
-        density: of myocardium, in g/ml.
-
-    Returns:
-        The indices.
-
-    Raises:
-        ValueError: for unknown labels, an invalid spacing or a density that is not positive.
-    """
-    return indices_of_volumes(
-        structure_volumes(ed_labels, spacing_ed), structure_volumes(es_labels, spacing_es), density
-    )
-
-
-def indices_of_volumes(ed: Mapping[str, float], es: Mapping[str, float], density: float = DENSITY) -> ClinicalIndices:
-    """Clinical indices from the volumes at end-diastole and end-systole.
+def indices_of_volumes(ed: Mapping[str, float], es: Mapping[str, float]) -> ClinicalIndices:
+    """EDV, ESV and EF of both ventricles and the mass of the LVM (paper, section IV), from volumes of two phases.
 
     EF = 100 (EDV - ESV) / EDV. A mask without the cavity at end-diastole has no EF (nan); an EF below zero is
     given as it is, since it tells of a failed segmentation.
@@ -104,13 +77,7 @@ def indices_of_volumes(ed: Mapping[str, float], es: Mapping[str, float], density
     Args:
         ed: volumes in ml at end-diastole by class name (`CLASS_NAMES`).
         es: the same at end-systole.
-        density: of myocardium, in g/ml. The paper gives none; 1.05 is the usual value.
-
-    Raises:
-        ValueError: for a density that is not positive.
     """
-    if not density > 0:
-        raise ValueError(f"density must be positive (g/ml), got {density}")
     return ClinicalIndices(
         lv_edv=ed["LV"],
         lv_esv=es["LV"],
@@ -118,7 +85,7 @@ def indices_of_volumes(ed: Mapping[str, float], es: Mapping[str, float], density
         rv_edv=ed["RV"],
         rv_esv=es["RV"],
         rv_ef=_ejection_fraction(ed["RV"], es["RV"]),
-        lvm_mass=density * ed["LVM"],
+        lvm_mass=DENSITY * ed["LVM"],
     )
 
 

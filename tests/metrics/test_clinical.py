@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import linregress
 
-from cardiac_qc_plugin.metrics import agreement, clinical_indices, structure_volumes
+from cardiac_qc_plugin.metrics import agreement, indices_of_volumes, structure_volumes
 
 NAN = float("nan")
 
@@ -21,9 +21,8 @@ def test_volumes_by_hand():
 
 
 def test_indices_by_hand():
-    indices = clinical_indices(
-        labels(100, 60, 200), labels(60, 70, 80), spacing_ed=(2.0, 1.0, 10.0), spacing_es=(2.0, 1.0, 8.0)
-    )
+    ed = structure_volumes(labels(100, 60, 200), (2.0, 1.0, 10.0))
+    indices = indices_of_volumes(ed, structure_volumes(labels(60, 70, 80), (2.0, 1.0, 8.0)))
     assert (indices.rv_edv, indices.lv_edv) == (pytest.approx(2.0), pytest.approx(4.0))
     assert (indices.rv_esv, indices.lv_esv) == (pytest.approx(0.96), pytest.approx(1.28))
     assert indices.rv_ef == pytest.approx(52.0)
@@ -31,16 +30,9 @@ def test_indices_by_hand():
     assert indices.lvm_mass == pytest.approx(1.2 * 1.05)  # at end-diastole
 
 
-def test_density():
-    volumes = labels(1, 50, 1), labels(1, 1, 1)
-    light, heavy = (clinical_indices(*volumes, (1, 1, 10), (1, 1, 10), density=density) for density in (1.04, 1.06))
-    assert heavy.lvm_mass / light.lvm_mass == pytest.approx(1.06 / 1.04)
-    with pytest.raises(ValueError, match="density must be positive .* got 0"):
-        clinical_indices(*volumes, (1, 1, 10), (1, 1, 10), density=0)
-
-
 def test_ejection_fraction_without_cavity_and_below_zero():
-    indices = clinical_indices(labels(0, 10, 20), labels(5, 10, 30), (1, 1, 10), (1, 1, 10))
+    volumes = (structure_volumes(mask, (1, 1, 10)) for mask in (labels(0, 10, 20), labels(5, 10, 30)))
+    indices = indices_of_volumes(*volumes)
     assert indices.rv_edv == 0 and math.isnan(indices.rv_ef)
     assert indices.lv_ef == pytest.approx(-50)
 
