@@ -106,15 +106,15 @@ def _inside(box: Box, shape: Sequence[int]) -> tuple[slice, slice]:
     return rows, cols
 
 
-def region_counts(failure: NdarrayOrTensor, region_size: int) -> NdarrayOrTensor:
-    """Failure voxels in each cell: what voxel-level sensitivity sums over the detected cells.
+def region_labels(failure: NdarrayOrTensor, region_size: int) -> NdarrayOrTensor:
+    """Reference label t_j of each cell: does it contain a failure voxel? (paper, section III-D)
 
     Args:
         failure: failure mask of a crop, (..., h, w), array or tensor; nonzero is failure.
         region_size: side of a cell in pixels.
 
     Returns:
-        Integers (..., h // region_size, w // region_size), of the same kind.
+        Booleans (..., h // region_size, w // region_size), of the same kind.
 
     Raises:
         ValueError: h or w is not a multiple of `region_size`.
@@ -123,15 +123,7 @@ def region_counts(failure: NdarrayOrTensor, region_size: int) -> NdarrayOrTensor
     if height % region_size or width % region_size:
         raise ValueError(f"A crop of {height} x {width} does not split into cells of {region_size} x {region_size}.")
     tiles = (*lead, height // region_size, region_size, width // region_size, region_size)
-    return (failure != 0).reshape(tiles).sum(axis=(-3, -1))
-
-
-def region_labels(failure: NdarrayOrTensor, region_size: int) -> NdarrayOrTensor:
-    """Reference label t_j of each cell: does it contain a failure voxel? (paper, section III-D)
-
-    Takes what `region_counts` takes, and returns booleans of the same shape as it.
-    """
-    return region_counts(failure, region_size) > 0
+    return (failure != 0).reshape(tiles).sum(axis=(-3, -1)) > 0
 
 
 def paint_regions(cells: np.ndarray, box: Box, shape: tuple[int, int], region_size: int) -> np.ndarray:
