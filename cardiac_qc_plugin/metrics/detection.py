@@ -173,9 +173,9 @@ def region_curve(volumes: Sequence[VolumeDetection], thresholds: ArrayLike = THR
     """
     _check_volumes(volumes)
     thresholds = _check_thresholds(thresholds)
-    false_positives = [_sum_positive(v.probability, v.failure_voxels == 0, thresholds) for v in volumes]
+    false_positives = [sum_positive(v.probability, v.failure_voxels == 0, thresholds) for v in volumes]
     sensitivity = [
-        _sum_positive(v.probability, v.failure_voxels, thresholds) / v.n_failure_voxels
+        sum_positive(v.probability, v.failure_voxels, thresholds) / v.n_failure_voxels
         for v in volumes
         if v.n_failure_voxels
     ]
@@ -214,8 +214,8 @@ def slice_precision_recall(
     precision, recall = np.ones((2, len(volumes), thresholds.size))
     for i, volume in enumerate(volumes):
         score, failing = volume.slice_probability, volume.slice_failing
-        found = _sum_positive(score, failing, thresholds)
-        flagged = _sum_positive(score, np.ones_like(failing), thresholds)
+        found = sum_positive(score, failing, thresholds)
+        flagged = sum_positive(score, np.ones_like(failing), thresholds)
         np.divide(found, flagged, out=precision[i], where=flagged > 0)
         if failing.any():
             recall[i] = found / failing.sum()
@@ -362,8 +362,8 @@ def choose_threshold(volumes: Sequence[VolumeDetection], beta: float = 2.0) -> f
     if not failing.any():
         raise ValueError(f"none of the {failing.size} regions fails, so no threshold can be chosen; add volumes")
     thresholds = np.unique(probability)
-    found = _sum_positive(probability, failing, thresholds)
-    flagged = _sum_positive(probability, np.ones_like(failing), thresholds)
+    found = sum_positive(probability, failing, thresholds)
+    flagged = sum_positive(probability, np.ones_like(failing), thresholds)
     f_beta = (1 + beta**2) * found / (beta**2 * failing.sum() + flagged)
     return float(thresholds[np.flatnonzero(f_beta == f_beta.max())[-1]])
 
@@ -404,7 +404,7 @@ def _average_precision(failing: Sequence[np.ndarray], score: Sequence[np.ndarray
     return float(average_precision_score(failing, np.concatenate(score))) if failing.any() else float("nan")
 
 
-def _sum_positive(score: np.ndarray, weight: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def sum_positive(score: np.ndarray, weight: np.ndarray, thresholds: ArrayLike) -> np.ndarray:
     """Sum of the weights whose score is at or above each threshold, shape of `thresholds`."""
     order = np.argsort(score)
     from_here_on = np.append(weight[order][::-1].cumsum()[::-1], 0)

@@ -16,7 +16,7 @@ from cardiac_qc_plugin.bundle import BundlePredictor
 from cardiac_qc_plugin.checkpoints import calibration_file
 from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.conformal import InfeasibleRisk, control_risk
-from cardiac_qc_plugin.metrics.detection import VolumeDetection
+from cardiac_qc_plugin.metrics.detection import VolumeDetection, sum_positive
 from cardiac_qc_plugin.reports import CURVE_FILE
 from cardiac_qc_plugin.reports.promise import calibration_text
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex
@@ -342,11 +342,7 @@ def _at_thresholds(
     volumes: Mapping[str, Iterable[VolumeDetection]], weigh: Callable[[VolumeDetection], np.ndarray]
 ) -> np.ndarray:
     """Sum over each patient's regions at or above each threshold, (n, K)."""
-    rows = [
-        sum((weigh(v)[:, None] * (v.probability[:, None] >= np.array(THRESHOLDS))).sum(axis=0) for v in own)
-        for own in volumes.values()
-    ]
-    return np.array(rows)
+    return np.array([sum(sum_positive(v.probability, weigh(v), THRESHOLDS) for v in own) for own in volumes.values()])
 
 
 def check_same(first: Calibration, other: Calibration, name: str) -> None:
