@@ -118,18 +118,15 @@ def volume_jumps(volumes: ArrayLike, tolerance: float = 0.1) -> list[int]:
     Raises:
         ValueError: for other than one axis of at least three finite volumes.
     """
-    volumes = np.asarray(volumes, dtype=float)
-    if volumes.ndim != 1 or volumes.size < 3 or not np.isfinite(volumes).all():
-        raise ValueError(f"volumes must be three or more finite numbers on one axis, got {volumes}")
     return _repair(volumes, tolerance)[1]
 
 
-def _repair(volumes: np.ndarray, tolerance: float = 0.1) -> tuple[np.ndarray, list[int]]:
+def _repair(volumes: ArrayLike, tolerance: float = 0.1) -> tuple[np.ndarray, list[int]]:
     """The volumes with jumps replaced by the mean of their neighbors, and the jumps, see `volume_jumps`."""
-    repaired, jumps = volumes.copy(), []
-    if volumes.size < ENOUGH_PHASES:
-        return repaired, jumps
-    while len(jumps) < volumes.size:
+    repaired, jumps = np.array(volumes, dtype=float), []
+    if repaired.ndim != 1 or repaired.size < 3 or not np.isfinite(repaired).all():
+        raise ValueError(f"volumes must be three or more finite numbers on one axis, got {repaired}")
+    while ENOUGH_PHASES <= repaired.size > len(jumps):
         before, after = np.roll(repaired, 1), np.roll(repaired, -1)
         deviation = np.abs(repaired - np.median([before, repaired, after], axis=0))
         worst = int(deviation.argmax())
@@ -158,11 +155,10 @@ def find_ed_es(lv_volumes: ArrayLike) -> tuple[int, int]:
         ValueError: as `volume_jumps`, or if there is no LV in any phase, or one that never changes.
     """
     volumes = np.asarray(lv_volumes, dtype=float)
-    jumps = volume_jumps(volumes)
+    repaired, jumps = _repair(volumes)
     trusted = np.setdiff1d(np.flatnonzero(volumes), jumps)  # a phase without an LV is a failure in any cine
     if not trusted.size:
         raise ValueError("no phase has an LV, so there is no end-diastole")
-    repaired, _ = _repair(volumes)
     smooth = (np.roll(repaired, 1) + 2 * repaired + np.roll(repaired, -1)) / 4
 
     change = float(np.ptp(volumes[trusted]))

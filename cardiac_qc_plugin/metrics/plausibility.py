@@ -17,7 +17,7 @@ from cardiac_qc_plugin.metrics.segmentation import CLASS_NAMES, check_labels, ch
 
 __all__ = ["CRITERIA", "LIMITS", "Plausibility", "enclosed", "plausibility", "shape_of", "stack_changes"]
 
-RV, LVM, LV = (label for label, _ in sorted(CLASS_NAMES.items()))
+RV, LVM, LV = CLASS_NAMES
 LIMITS = {
     "concavity_LV": 0.106,
     "concavity_RV": 0.666,
@@ -216,14 +216,15 @@ def stack_changes(labels: np.ndarray, spacing: Sequence[float]) -> dict[str, dic
     outlines = [_outlines(labels[..., z]) for z in range(labels.shape[2])]
     heart = [z for z, masks in enumerate(outlines) if masks["LVM"].any()]
     inner = heart[2:-2]
-    result: dict[str, dict[int, float]] = {f"area_jump_{name}": {} for name in ("LV", "RV", "LVM")}
+    result: dict[str, dict[int, float]] = {}
     for name in ("LV", "RV", "LVM"):
+        jumps = result[f"area_jump_{name}"] = {}
         areas = [np.count_nonzero(masks[name]) for masks in outlines]
         for z in inner:
             before, area, after = areas[z - 1 : z + 2]
             if min(before, area, after) > 0:
                 beyond = max(area - max(before, after), min(before, after) - area, 0)
-                result[f"area_jump_{name}"][z] = beyond / max(areas)
+                jumps[z] = beyond / max(areas)
     centers = {z: np.array(ndimage.center_of_mass(outlines[z]["LVM"])) * spacing[:2] for z in heart}
     result["centroid_jump"] = {
         z: float(min(np.linalg.norm(centers[z] - centers[other]) for other in (z - 1, z + 1)))
