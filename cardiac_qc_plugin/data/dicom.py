@@ -7,8 +7,9 @@ names, SliceLocation and the order of files mean nothing. docs/inputs.md lists w
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,16 +271,11 @@ def _planes(file: Path, header: Dataset) -> list[Plane]:
     if kind == MRImageStorage:
         if int(header.get("NumberOfFrames") or 1) > 1:
             raise UnusableError("several frames in a single-frame MR image; convert to Enhanced MR")
-        return [_plane(file, 0, header, header, header, header, header, header)]
+        return [_plane(file, 0, header, lambda _: header)]
     frames = header.get("PerFrameFunctionalGroupsSequence") or []
     if len(frames) != int(header.get("NumberOfFrames") or 1):
         raise ValueError(f"{len(frames)} frames described, {header.get('NumberOfFrames')} in the file")
-    groups = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "CardiacSynchronization")
-    groups += ("PixelValueTransformation", "FrameContent")
-    return [
-        _plane(file, index, header, *(frame_group(header, index, name) for name in groups))
-        for index in range(len(frames))
-    ]
+    return [_plane(file, index, header, partial(frame_group, header, index)) for index in range(len(frames))]
 
 
 def frame_group(header: Dataset, index: int, name: str) -> Dataset:
@@ -289,25 +285,15 @@ def frame_group(header: Dataset, index: int, name: str) -> Dataset:
     return (frame.get(name) or shared.get(name) or [Dataset()])[0]
 
 
-def _plane(
-    file: Path,
-    index: int,
-    header: Dataset,
-    position: Dataset,
-    orientation: Dataset,
-    measures: Dataset,
-    trigger: Dataset,
-    values: Dataset,
-    content: Dataset | None = None,
-) -> Plane:
-    """A plane, each of its attributes from where its kind of file has it."""
+def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Dataset]) -> Plane:
+    """A plane, each of its attributes from where its kind of file has it: a group of a frame's, or the header."""
     numbers = {}
     for source, name, count in (
-        (position, "ImagePositionPatient", 3),
-        (orientation, "ImageOrientationPatient", 6),
-        (measures, "PixelSpacing", 2),
+        ("PlanePosition", "ImagePositionPatient", 3),
+        ("PlaneOrientation", "ImageOrientationPatient", 6),
+        ("PixelMeasures", "PixelSpacing", 2),
     ):
-        value = source.get(name)
+        value = group(source).get(name)
         numbers[name] = np.array([float(v) for v in value] if value else [])
         if numbers[name].size != count or not np.isfinite(numbers[name]).all():
             raise UnusableError(f"no valid {name}, so its place in the patient is unknown")
@@ -317,8 +303,10 @@ def _plane(
         raise UnusableError("ImageOrientationPatient is not two unit vectors at a right angle")
     if np.any(numbers["PixelSpacing"] <= 0):
         raise UnusableError(f"PixelSpacing is {numbers['PixelSpacing'].tolist()}")
+    trigger, values = group("CardiacSynchronization"), group("PixelValueTransformation")
     time = trigger.get("TriggerTime", trigger.get("NominalCardiacTriggerDelayTime"))
-    instance = header.get("InstanceNumber") if content is None else content.get("TemporalPositionIndex", index)
+    content = group("FrameContent")
+    instance = header.get("InstanceNumber") if content is header else content.get("TemporalPositionIndex", index)
     folder, path = (f"none, {hashlib.sha256(str(p).encode()).hexdigest()[:16]}" for p in (file.parent, file))
     text = "|".join(
         str(header.get(name) or "").replace("|", " ") for name in ("SeriesDescription", "ProtocolName", "SequenceName")
