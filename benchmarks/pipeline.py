@@ -60,7 +60,7 @@ def timed_stages(predictors: workflow.Predictors, timer: Timer):
         "write": ("write_maps", "write_json"),
         "measure": ("structure_volumes", "slice_levels", "plausibility", "sample_volumes"),
         "pages of cases": ("write_case",),
-        "report": ("write_report", "write_csv", "write_table_of_run", "write_cines", "write_indices"),
+        "report": ("write_report", "write_csv", "write_table_of_run", "write_cines", "write_rows"),
     }
     places = [(workflow, name, stage) for stage, names in functions.items() for name in names]
     for predictor, task in zip(predictors, ("segment", "detect"), strict=True):

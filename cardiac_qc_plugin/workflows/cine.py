@@ -32,7 +32,6 @@ __all__ = [
     "rounded",
     "table_row",
     "write_cines",
-    "write_indices",
 ]
 
 UNITS = {"edv": "ml", "esv": "ml", "sv": "ml", "ef": "percent", "mass": "g"}
@@ -188,11 +187,6 @@ def write_cines(cines: Sequence[Cine], chosen: Mapping[str, Given]) -> list[dict
             write_rows(cine.folder / "volumes.csv", record["curve"])
         records.append(record)
     return records
-
-
-def write_indices(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``indices.csv``, a line for each ``cine.json``; no file if there are none."""
-    write_rows(path, [table_row(record) for record in records])
 
 
 def measure_cine(cine: Cine, chosen: Given) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cardiac_qc_plugin.reports import PAGE, write_case, write_report
 from cardiac_qc_plugin.transforms.spatial import spacing_of
 
 from .calibrate import promised_threshold
-from .cine import Given, choose_phases, group_cines, plan_phases, write_cines, write_indices
+from .cine import Given, choose_phases, group_cines, plan_phases, table_row, write_cines
 from .files import (
     MASKS,
     OutputError,
@@ -35,6 +35,7 @@ from .files import (
     write_csv,
     write_json,
     write_like,
+    write_rows,
 )
 from .overlap import Overlap
 from .table import TABLE, write_table_of_run
@@ -450,7 +451,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
     failures = sorted([*failures, *broken])  # by name, as a cohort's, whatever failed first
-    write_indices(output / "indices.csv", records)
+    write_rows(output / "indices.csv", [table_row(record) for record in records])
     if detector is not None:
         write_table_of_run(output, cases, failures, records)
         cases = comparable(cases)

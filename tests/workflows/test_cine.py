@@ -17,10 +17,10 @@ from cardiac_qc_plugin.workflows.cine import (
     index_intervals,
     named_indices,
     plan_phases,
+    table_row,
     write_cines,
-    write_indices,
 )
-from cardiac_qc_plugin.workflows.files import write_json
+from cardiac_qc_plugin.workflows.files import write_json, write_rows
 from cardiac_qc_plugin.workflows.run import CaseFailures, load_predictors, run
 
 LV = [120, 108, 90, 60, 64, 75, 92, 110]
@@ -46,7 +46,7 @@ def cine(folder, lv=LV, **more):
 def written(cases, tmp_path, given=(None, None)):
     cines = group_cines(cases, tmp_path, given)
     records = write_cines(cines, {one.name: choose_phases(one) for one in cines})
-    write_indices(tmp_path / "indices.csv", records)
+    write_rows(tmp_path / "indices.csv", [table_row(record) for record in records])
     return records
 
 
