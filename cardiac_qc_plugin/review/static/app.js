@@ -243,14 +243,15 @@ function contrast(z) {
   return [Math.round(middle - width / 2), Math.round(middle + width / 2)];
 }
 
+const shown = (z) => ({ z, contrast: contrast(z), showMap: tool.showMap, showLabels: tool.showLabels,
+  regions: open.state.regions, current: open.state.position, flagColor: settings.flag_color });
+
 let drawing = 0;
 function draw() {
   cancelAnimationFrame(drawing);
   drawing = requestAnimationFrame(() => {
     if (!open) return;
-    const { state, z, view, cursor } = open;
-    const shared = { showMap: tool.showMap, showLabels: tool.showLabels, regions: state.regions, current: state.position, flagColor: settings.flag_color };
-    view.draw({ ...shared, z, contrast: contrast(z), cursor });
+    open.view.draw({ ...shown(open.z), cursor: open.cursor });
     document.body.dataset.drawn = Number(document.body.dataset.drawn ?? 0) + 1;
   });
 }
@@ -264,7 +265,7 @@ function drawContext() {
     if (!exists) return;
     const view = new SliceView(canvas, open.volume, colors);
     view.fit(open.volume.heart, HEART_MARGIN);
-    view.draw({ z, contrast: contrast(z), showMap: false, showLabels: tool.showLabels, regions: open.state.regions, current: open.state.position, flagColor: settings.flag_color });
+    view.draw({ ...shown(z), showMap: false });
     view.drawText(String(z + 1));
   });
 }
