@@ -138,7 +138,7 @@ async function load(name, takeOver) {
     onState: here(adopt), onStatus: here(showSaved), onProblem: here((problem, lost) => refused(name, problem, lost)),
   });
   open = { name, volume, queue, view: new SliceView($("view"), volume, colors), state: answer.state, z: 0, stroke: null,
-    whole: false, level: 0, width: 0, shownAt: 0, ticked: Date.now(), isMarked: false };
+    whole: false, level: 0, width: 0, shownAt: 0, ticked: Date.now() };
   $("case-name").textContent = name;
   $("map").title = `${settings.maps[answer.map]} (M)`;
   $("context").replaceChildren(...[-1, 0, 1].map((step) => {
