@@ -188,9 +188,11 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
         Stacks by study and series number, and what was left out. No text has a patient's name in it.
     """
     planes, skipped, headers = _read_headers(files)
-    planes, repeated = _once(planes)
+    times, unique = Counter(map(_identity, planes)), {}
+    for plane in planes:
+        unique.setdefault(_identity(plane), plane)
     stacks = []
-    for group in _groups(planes):
+    for group in _groups(list(unique.values())):
         label = _label(group[0])
         try:
             _check_chosen(group, series)
@@ -204,8 +206,8 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
             continue
         header = headers[stack.first.file]
         notes = [*stack.notes]
-        if repeated[label]:
-            notes.append(f"{repeated[label]} image(s) were there more than once; one of each is used.")
+        if copies := sum(times[_identity(plane)] - 1 for plane in group):
+            notes.append(f"{copies} image(s) were there more than once; one of each is used.")
         subject = _subject(header, notes)
         stacks.append(replace(stack, notes=notes, subject=subject, names=_names(header, stack.first.file)))
     names = {str(header.get("PatientName") or "") for header in headers.values()}
@@ -332,15 +334,9 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
     )
 
 
-def _once(planes: list[Plane]) -> tuple[list[Plane], Counter[str]]:
-    """The planes without second copies of a file, and how many of these each series had."""
-    unique: dict[tuple[str, int], Plane] = {}
-    copies: Counter[str] = Counter()
-    for plane in planes:
-        if (plane.uid, plane.index) in unique:
-            copies[_label(plane)] += 1
-        unique.setdefault((plane.uid, plane.index), plane)
-    return list(unique.values()), copies
+def _identity(plane: Plane) -> tuple[str, int]:
+    """What a second copy of a file shares with the first."""
+    return plane.uid, plane.index
 
 
 def _groups(planes: list[Plane]) -> list[list[Plane]]:

@@ -249,6 +249,9 @@ def test_files_twice(tmp_path):
     stack = only(stacks_in(tmp_path))
     check(stack)
     assert stack.notes == ["3 image(s) were there more than once; one of each is used."]
+    other = {"StudyInstanceUID": "1.2.9", "SeriesInstanceUID": "1.2.9.1"}
+    write(tmp_path / "other", cine(lambda z, t: {**other, "SOPInstanceUID": f"1.2.9.1.{z + 1}.{t + 1}"}))
+    assert sorted(len(stack.notes) for stack in stacks_in(tmp_path).stacks) == [0, 1]  # of a series alike
 
 
 def test_slice_acquired_twice(tmp_path):
