@@ -12,15 +12,7 @@ from cardiac_qc_plugin.reports.paper_tables import paper
 from cardiac_qc_plugin.transforms.correction import check_on_outside, simulate_correction
 from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
 from cardiac_qc_plugin.workflows.evaluate import PHASES, compare_paired
-from cardiac_qc_plugin.workflows.files import (
-    check_output,
-    file_sha256,
-    read_json,
-    without_nan,
-    write_json,
-    write_rows,
-    write_text,
-)
+from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_rows
 from cardiac_qc_plugin.workflows.measure import STRUCTURES
 from cardiac_qc_plugin.workflows.references import (
     MissingLabels,
@@ -30,6 +22,7 @@ from cardiac_qc_plugin.workflows.references import (
     patient_and_phase,
     read_labels,
     read_reference,
+    write_summary,
 )
 
 __all__ = ["compare_expert"]
@@ -100,13 +93,9 @@ def compare_expert(
         "table4": rows,
         "failed": failures,
     }
-    summary = without_nan(summary)
     write_rows(output / "table4.csv", rows)
     write_rows(output / "cases.csv", [case_row(case, own) for case, own in cases.items()])
-    write_json(output / "summary.json", summary)
-    text = expert_text(summary)
-    write_text(output / "summary.md", text)
-    return Outcome(text, failures)
+    return write_summary(output, summary, expert_text)
 
 
 def measure_case(case: str, folder: Path, mask: Path, reference: Path, on_outside: str) -> dict[str, Any]:

@@ -15,15 +15,7 @@ from cardiac_qc_plugin.reports.effort import draw_effort, effort_text
 from cardiac_qc_plugin.transforms.correction import simulate_correction
 from cardiac_qc_plugin.transforms.failure_labels import FailureCriterion, check_apex, failure_mask
 from cardiac_qc_plugin.transforms.regions import region_grid
-from cardiac_qc_plugin.workflows.files import (
-    check_output,
-    read_json,
-    without_nan,
-    write_file,
-    write_json,
-    write_rows,
-    write_text,
-)
+from cardiac_qc_plugin.workflows.files import check_output, read_json, write_file, write_rows
 from cardiac_qc_plugin.workflows.measure import read_map
 from cardiac_qc_plugin.workflows.references import (
     Outcome,
@@ -32,6 +24,7 @@ from cardiac_qc_plugin.workflows.references import (
     patient_and_phase,
     read_labels,
     read_reference,
+    write_summary,
 )
 
 __all__ = ["effort"]
@@ -131,23 +124,18 @@ def effort(
             }
         )
     settings = {"reference": str(reference), "criterion": criterion, "apex": apex, "seeds": seeds}
-    summary = without_nan(
-        {
-            "command": "effort",
-            "settings": settings,
-            "sets": sets,
-            "after": [row for row in rows if row["regions_per_patient"] in (0, *SUMMARY) or row["all_regions"]],
-            "failed": failures,
-        }
-    )
+    summary = {
+        "command": "effort",
+        "settings": settings,
+        "sets": sets,
+        "after": [row for row in rows if row["regions_per_patient"] in (0, *SUMMARY) or row["all_regions"]],
+        "failed": failures,
+    }
     write_rows(output / "effort.csv", rows)
     figure = draw_effort(rows, sets[0]["all_failures"])
     for suffix in ("png", "svg"):
         write_file(output / f"effort.{suffix}", figure.savefig)
-    write_json(output / "summary.json", summary)
-    text = effort_text(summary)
-    write_text(output / "summary.md", text)
-    return Outcome(text, failures)
+    return write_summary(output, summary, effort_text)
 
 
 def _read(folder: Path, references: References, criterion: str, apex: str) -> tuple[dict[str, Case], dict[str, str]]:

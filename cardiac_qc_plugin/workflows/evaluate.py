@@ -39,9 +39,9 @@ from cardiac_qc_plugin.metrics.statistics import (
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
 from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
-from cardiac_qc_plugin.workflows.files import check_output, without_nan, write_file, write_json, write_rows, write_text
+from cardiac_qc_plugin.workflows.files import check_output, write_file, write_rows
 from cardiac_qc_plugin.workflows.measure import CRITERIA, STRUCTURES, Measurement, measure_case
-from cardiac_qc_plugin.workflows.references import Outcome, References, each_case
+from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, write_summary
 
 __all__ = ["evaluate"]
 
@@ -114,11 +114,7 @@ def evaluate(
     write_rows(output / "cases.csv", [case.row(criterion) for case in cases.values()])
     write_rows(output / "patients.csv", _patient_rows(patients))
     write_curves(output, cases.values(), criterion)
-    summary = without_nan(summary)
-    write_json(output / "summary.json", summary)
-    text = summary_text(summary)
-    write_text(output / "summary.md", text)
-    return Outcome(text, failures)
+    return write_summary(output, summary, summary_text)
 
 
 def _measure(roots: Sequence[str | Path], measure: partial) -> tuple[dict[str, Measurement], dict[str, str]]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,7 @@ from cardiac_qc_plugin.data.predictions import files_below
 from cardiac_qc_plugin.metrics.segmentation import check_order
 from cardiac_qc_plugin.transforms.failure_labels import as_label_volumes
 from cardiac_qc_plugin.transforms.spatial import says_how_it_lies
-from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume
+from cardiac_qc_plugin.workflows.files import Volume, case_folders, read_volume, without_nan, write_json, write_text
 
 __all__ = [
     "MissingLabels",
@@ -29,6 +29,7 @@ __all__ = [
     "patient_and_phase",
     "read_labels",
     "read_reference",
+    "write_summary",
 ]
 
 T = TypeVar("T")
@@ -46,6 +47,15 @@ class Outcome:
 
     text: str
     failures: dict[str, str]
+
+
+def write_summary(output: Path, summary: dict[str, Any], describe: Callable[[dict[str, Any]], str]) -> Outcome:
+    """Write ``summary.json``, and ``summary.md``, which is that in words; its entry ``failed`` are the failures."""
+    summary = without_nan(summary)
+    write_json(output / "summary.json", summary)
+    text = describe(summary)
+    write_text(output / "summary.md", text)
+    return Outcome(text, summary["failed"])
 
 
 def each_case(root: Path, work: Callable[[str, Path], T], description: str) -> tuple[dict[str, T], dict[str, str]]:
