@@ -17,7 +17,7 @@ def promise_text(promise: Any) -> str:
         promise: a `cardiac_qc_plugin.workflows.calibrate.Promise`.
     """
     found = (
-        f"regions of probability {promise.threshold:.4f} or more are flagged. In {promise.n_patients} patient(s) "
+        f"regions of probability {promise.threshold:.4f} or more are flagged. In {promise.n_patients} patients "
         f"({promise.source}) that caught {100 * promise.caught:.1f} % of the failure voxels with "
         f"{promise.regions_per_patient:.1f} regions per patient."
     )
