@@ -14,7 +14,16 @@ from .regions import (
     region_labels,
     uncrop_slice,
 )
-from .spatial import CheckLabeld, CheckScan, CheckScand, InPlaneSpacingd, LoadScand, SeenFromApexd, StackWriter
+from .spatial import (
+    CheckLabeld,
+    CheckScan,
+    CheckScand,
+    InPlaneSpacingd,
+    KeepLargestComponentd,
+    LoadScand,
+    SeenFromApexd,
+    StackWriter,
+)
 from .uncertainty import (
     BayesianMap,
     BayesianMapd,
@@ -39,6 +48,7 @@ __all__ = [
     "FailureLabeld",
     "FlagRegionsd",
     "InPlaneSpacingd",
+    "KeepLargestComponentd",
     "LoadScand",
     "PairwiseDiced",
     "PredictiveEntropy",

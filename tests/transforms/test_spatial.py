@@ -6,8 +6,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, SaveImage
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    Invertd,
+    KeepLargestConnectedComponent,
+    LoadImaged,
+    SaveImage,
+)
 from scipy.spatial.transform import Rotation
 
 from cardiac_qc_plugin.transforms import (
@@ -15,6 +25,7 @@ from cardiac_qc_plugin.transforms import (
     CheckScan,
     CheckScand,
     InPlaneSpacingd,
+    KeepLargestComponentd,
     LoadScand,
     SeenFromApexd,
     StackWriter,
@@ -525,3 +536,49 @@ def test_channels_are_not_dropped_in_writing(tmp_path):
     save(MetaTensor(torch.ones(1, 4, 5, 1)))
     (file,) = tmp_path.iterdir()
     assert nib.load(file).shape == (4, 5, 1)
+
+
+def three_pieces(gap):
+    """An LV in slices 0-1 and, after a gap, in 5 slices; aside of them a blob, and a speck of RV."""
+    labels = torch.zeros(1, 16, 16, 12)
+    labels[:, 4:8, 4:8, :2] = 3
+    labels[:, 4:8, 4:8, 2 + gap : 7 + gap] = 3
+    labels[:, 10:14, 10:14, 3:5] = 3
+    labels[:, 4:8, 9:12, :2] = 1
+    labels[:, 0, 0, 8] = 1
+    return labels
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+@pytest.mark.parametrize("gap", [0, 1, 2, 3])
+def test_pieces_over_failed_slices_are_kept(allowed, gap):
+    labels = three_pieces(gap)
+    kept = KeepLargestComponentd("pred", gap=allowed)({"pred": labels})["pred"]
+    expected = labels.clone()
+    expected[:, 10:14, 10:14] = 0
+    expected[:, 0, 0, 8] = 0
+    if gap > allowed:
+        expected[..., :2][expected[..., :2] == 3] = 0
+    torch.testing.assert_close(kept, expected)
+    assert (labels == three_pieces(gap)).all()  # the input stays as it is
+
+
+@settings(deadline=None)
+@given(arrays(np.uint8, (4, 5, 6), elements=st.sampled_from([0, 0, 1, 2, 3])))
+def test_without_a_gap_it_is_monais_largest_component(labels):
+    kept = KeepLargestComponentd("pred", gap=0)({"pred": torch.tensor(labels[None])})["pred"][0].numpy()
+    monai = KeepLargestConnectedComponent(applied_labels=[1, 2, 3])(torch.tensor(labels[None]))[0].numpy()
+    for label in (1, 2, 3):
+        assert (kept == label).sum() == (monai == label).sum()  # which of two that are equally large may differ
+        assert set(np.unique(kept[labels == label])) <= {0, label}
+    wider = KeepLargestComponentd("pred", gap=6)({"pred": torch.tensor(labels[None])})["pred"][0].numpy()
+    for label in (1, 2, 3):
+        assert (wider == label).sum() >= (kept == label).sum()
+
+
+def test_a_single_slice_and_an_empty_stack():
+    labels = torch.zeros(1, 8, 8, 1)
+    keep = KeepLargestComponentd("pred")
+    assert not keep({"pred": labels})["pred"].any()
+    labels[:, 2:4, 2:4] = 2
+    torch.testing.assert_close(keep({"pred": labels})["pred"], labels)
