@@ -331,42 +331,45 @@ class InPlaneSpacingd(Spacingd):
 
 
 class KeepLargestComponentd(MapTransform):
-    """Keep the largest piece of each structure, over slices in which the segmentation failed (section IV).
+    """Keep the largest 26-connected component of each structure (section IV), over slices whose segmentation failed.
 
-    The largest 26-connected component, as the paper and MONAI's ``KeepLargestConnectedComponentd`` have it, ends where
-    a slice lacks the structure: after one failed slice all that is right beyond it would be removed, and nothing would
-    be left that shows the gap. Here two pieces also belong together if they lie over each other with up to ``gap``
-    slices between them.
+    MONAI's ``KeepLargestConnectedComponentd`` ends at a slice that lacks the structure: after one failed slice all that
+    is right beyond it is removed, and nothing is left that shows the gap. Here what lies before a failed slice is
+    joined to what lies behind it. A slice has failed if less is labelled in it, of all structures, than a share of the
+    fullest slice, and slices on both sides have that much; where a single structure is missing, its component ends.
 
     Args:
         keys: label maps ``(1, H, W, D)``.
-        gap: slices that may lack the structure; 0 for the paper's rule.
+        full: that share; 0 for the component alone.
         allow_missing_keys: pass over keys that are not there.
 
     Example:
-        >>> labels = torch.zeros(1, 8, 8, 5)
-        >>> labels[:, 2:6, 2:6, [0, 1, 3]] = 3  # the LV, which slice 2 lacks
-        >>> labels[:, 0, 0, 4] = 3
+        >>> labels = torch.zeros(1, 8, 8, 6)
+        >>> labels[:, 2:6, 2:6, [0, 1, 3]] = 3  # an LV, without which slice 2 has failed
+        >>> labels[:, 0, 0, 5] = 3
         >>> KeepLargestComponentd("pred")({"pred": labels})["pred"].sum(dim=(0, 1, 2)).tolist()
-        [48.0, 48.0, 0.0, 48.0, 0.0]
+        [48.0, 48.0, 0.0, 48.0, 0.0, 0.0]
     """
 
-    def __init__(self, keys: KeysCollection, gap: int = 2, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, full: float = 0.33, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.gap = gap
+        self.full = full
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
             labels = convert_to_numpy(d[key])[0]
-            kept = np.where(np.logical_or.reduce([self._largest(labels == label) for label in CLASS_NAMES]), labels, 0)
-            d[key] = convert_to_dst_type(kept[None], d[key])[0]
+            area = np.count_nonzero(labels, axis=(0, 1))
+            full = np.flatnonzero(area >= self.full * area.max())
+            failed = sorted({*range(full[0], full[-1])} - {*full})
+            kept = [self._largest(labels == label, failed) for label in CLASS_NAMES]
+            d[key] = convert_to_dst_type(np.where(np.any(kept, axis=0), labels, 0)[None], d[key])[0]
         return d
 
-    def _largest(self, mask: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _largest(mask: np.ndarray, failed: Sequence[int]) -> np.ndarray:
         joined = mask.copy()
-        for slices in range(1, self.gap + 1):
-            joined[..., slices:] |= mask[..., :-slices]
+        for z in failed:
+            joined[..., z] |= joined[..., z - 1]
         components, _ = ndimage.label(joined, np.ones((3, 3, 3)))
-        sizes = np.bincount(components[mask], minlength=1)
-        return mask & (components == sizes.argmax())
+        return mask & (components == np.bincount(components[mask], minlength=1).argmax())

@@ -538,42 +538,62 @@ def test_channels_are_not_dropped_in_writing(tmp_path):
     assert nib.load(file).shape == (4, 5, 1)
 
 
-def three_pieces(gap):
-    """An LV in slices 0-1 and, after a gap, in 5 slices; aside of them a blob, and a speck of RV."""
-    labels = torch.zeros(1, 16, 16, 12)
-    labels[:, 4:8, 4:8, :2] = 3
-    labels[:, 4:8, 4:8, 2 + gap : 7 + gap] = 3
-    labels[:, 10:14, 10:14, 3:5] = 3
-    labels[:, 4:8, 9:12, :2] = 1
-    labels[:, 0, 0, 8] = 1
-    return labels
+def broken_stack(failed, speck=0):
+    """LV and RV in nine slices but the failed ones, which have a speck of LV; and the same with what is too much."""
+    labels = torch.zeros(1, 16, 16, 10)
+    labels[:, 4:8, 4:8, :9] = 3
+    labels[:, 4:8, 9:12, :9] = 1
+    labels[..., failed] = 0
+    labels[:, 5, 5 : 5 + speck, failed] = 3
+    extra = labels.clone()
+    extra[:, 10:15, 10:15, 0] = 3  # a blob, larger than a slice of the LV
+    extra[:, 0, 0, 9] = 1  # a speck beyond the apex
+    return labels, extra
 
 
-@pytest.mark.parametrize("allowed", [0, 1, 2])
-@pytest.mark.parametrize("gap", [0, 1, 2, 3])
-def test_pieces_over_failed_slices_are_kept(allowed, gap):
-    labels = three_pieces(gap)
-    kept = KeepLargestComponentd("pred", gap=allowed)({"pred": labels})["pred"]
+@pytest.mark.parametrize("speck", [0, 3])
+@pytest.mark.parametrize("failed", [[], [1], [4], [3, 4], [2, 3, 4, 5], [2, 6]])
+def test_what_lies_beyond_failed_slices_is_kept(failed, speck):
+    labels, extra = broken_stack(failed, speck)
+    given = extra.clone()
+    torch.testing.assert_close(KeepLargestComponentd("pred")({"pred": extra})["pred"], labels)
+    assert (extra == given).all()  # the input stays as it is
+    parts = np.split(np.arange(9), failed)  # without a speck, the longest part alone, as the paper has it
+    if failed and not speck:
+        alone = KeepLargestComponentd("pred", full=0)({"pred": extra})["pred"]
+        longest = max((part[~np.isin(part, failed)] for part in parts), key=len)
+        assert np.flatnonzero(alone.numpy().any(axis=(0, 1, 2))).tolist() == longest.tolist()
+
+
+def test_a_structure_ends_where_it_alone_is_missing():
+    labels, _ = broken_stack([])
+    labels[:, :, 9:, 6] = 0  # no RV in a slice with its LV
+    kept = KeepLargestComponentd("pred")({"pred": labels})["pred"]
     expected = labels.clone()
-    expected[:, 10:14, 10:14] = 0
-    expected[:, 0, 0, 8] = 0
-    if gap > allowed:
-        expected[..., :2][expected[..., :2] == 3] = 0
+    expected[:, :, 9:, 7:] = 0
     torch.testing.assert_close(kept, expected)
-    assert (labels == three_pieces(gap)).all()  # the input stays as it is
+
+
+def test_slices_beyond_the_heart_have_not_failed():
+    """A blob above the base is not joined to the heart over the empty slices between, unless it is as large as one."""
+    labels = torch.zeros(1, 12, 12, 8)
+    labels[:, 2:10, 2:10, 3:] = 3
+    labels[:, 4:8, 4:8, 0] = 3  # a quarter of a slice
+    assert not KeepLargestComponentd("pred")({"pred": labels})["pred"][..., 0].any()
+    labels[:, 4:10, 4:8, 0] = 3
+    torch.testing.assert_close(KeepLargestComponentd("pred")({"pred": labels})["pred"], labels)
 
 
 @settings(deadline=None)
 @given(arrays(np.uint8, (4, 5, 6), elements=st.sampled_from([0, 0, 1, 2, 3])))
-def test_without_a_gap_it_is_monais_largest_component(labels):
-    kept = KeepLargestComponentd("pred", gap=0)({"pred": torch.tensor(labels[None])})["pred"][0].numpy()
+def test_without_failed_slices_it_is_monais_largest_component(labels):
+    kept = KeepLargestComponentd("pred", full=0)({"pred": torch.tensor(labels[None])})["pred"][0].numpy()
     monai = KeepLargestConnectedComponent(applied_labels=[1, 2, 3])(torch.tensor(labels[None]))[0].numpy()
     for label in (1, 2, 3):
         assert (kept == label).sum() == (monai == label).sum()  # which of two that are equally large may differ
         assert set(np.unique(kept[labels == label])) <= {0, label}
-    wider = KeepLargestComponentd("pred", gap=6)({"pred": torch.tensor(labels[None])})["pred"][0].numpy()
-    for label in (1, 2, 3):
-        assert (wider == label).sum() >= (kept == label).sum()
+    joined = KeepLargestComponentd("pred", full=1)({"pred": torch.tensor(labels[None])})["pred"][0].numpy()
+    assert all((joined == label).sum() >= (kept == label).sum() for label in (1, 2, 3))
 
 
 def test_a_single_slice_and_an_empty_stack():
