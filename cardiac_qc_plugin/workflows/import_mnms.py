@@ -62,7 +62,7 @@ def import_mnms(root: str | Path, output: str | Path) -> Outcome:
         except ValueError as error:
             failures[patient] = str(error)
     if missing := [patient for patient in patients if patient.lstrip("0") not in table]:
-        print(f"{root}: no table (.csv) there has {len(missing)} patients, {missing[0]} first.", file=sys.stderr)
+        print(f"Not in a table (.csv) below {root}: {', '.join(missing[:5])} ({len(missing)} in all).", file=sys.stderr)
     done = len(patients) - len(failures)
     lines = [f"{output}: end-diastole and end-systole of {done} patients, {turned} of them with the slices turned."]
     return Outcome("\n".join(lines + [f"FAILED {name}: {reason}" for name, reason in failures.items()]), failures)

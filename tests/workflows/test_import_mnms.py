@@ -187,7 +187,7 @@ def test_without_its_table(acdc, tmp_path, capsys):
     root = write_mnms2(acdc, tmp_path / "mnms2")
     (root / "dataset_information.csv").unlink()
     import_mnms(root, tmp_path / "out")
-    assert "no table (.csv) there has 2 patients, 001 first" in capsys.readouterr().err
+    assert "001, 002 (2 in all)" in capsys.readouterr().err
     assert read_info(tmp_path / "out" / "002" / "Info.cfg")["Group"] == "unknown"
 
 
