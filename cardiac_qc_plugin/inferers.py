@@ -25,7 +25,15 @@ from .sampling import (
     sample_seed,
     sampling,
 )
-from .transforms.regions import MIN_SIZE, REGION_SIZE, crop_box, crop_slice, paint_regions
+from .transforms.regions import (
+    MIN_SIZE,
+    REGION_SIZE,
+    crop_boxes,
+    crop_slice,
+    expected_heart,
+    paint_regions,
+    region_labels,
+)
 from .transforms.spatial import CODES, seen_from_base
 from .transforms.uncertainty import bayesian_map, predictive_entropy
 
@@ -444,9 +452,12 @@ class FailureRegionInferer(Inferer):
     """Probability of a segmentation failure for each region of each slice (sections III-D and V-B).
 
     The network sees a crop around the automatic segmentation of each slice, see
-    :func:`~cardiac_qc_plugin.transforms.crop_box`; the probability of a region is painted on all its pixels, and
+    :func:`~cardiac_qc_plugin.transforms.crop_boxes`; the probability of a region is painted on all its pixels, and
     pixels outside the crop are 0. Crops of a stack that is seen from the base, by the affine of a ``MetaTensor``, are
     mirrored for the network, see :class:`~cardiac_qc_plugin.transforms.SeenFromApexd`.
+
+    In a slice whose segmentation failed, regions in which the heart has to be have probability 1, whatever the network
+    says: a map may be sure that there is nothing, see :func:`~cardiac_qc_plugin.transforms.expected_heart`.
 
     Args:
         region_size: edge of a region in pixels, the network's output stride.
@@ -480,14 +491,15 @@ class FailureRegionInferer(Inferer):
         painted = np.zeros((stacks.shape[0], 1, *stacks.shape[2:]), dtype=np.float32)
         with torch.no_grad(), sampling(network, active=False):
             for index, stack in enumerate(stacks):
-                for z in range(stack.shape[-1]):
-                    box = crop_box(stack[2, ..., z], self.region_size, self.min_size)
+                heart = expected_heart(stack[2])
+                for z, box in enumerate(crop_boxes(stack[2], self.region_size, self.min_size)):
                     crop = crop_slice(stack[..., z], box)
                     patch = torch.from_numpy(crop[None, : 3 if self.see_segmentation else 2])
                     patch = patch.flip(3) if mirrored[index] else patch
                     logits = forward(network, patch.to(inputs.device), self.amp)
                     cells = logits.softmax(dim=1)[0, 1].cpu().numpy()
                     cells = cells[:, ::-1] if mirrored[index] else cells
+                    cells = np.where(region_labels(crop_slice(heart[..., z], box), self.region_size), 1, cells)
                     painted[index, 0, ..., z] = paint_regions(cells, box, stack.shape[1:3], self.region_size)
         return torch.from_numpy(painted).to(inputs.device)
 

@@ -52,6 +52,41 @@ def test_inferer_paints_what_the_network_says_of_each_crop(region_size):
         assert (painted[0, 0, ..., z].numpy()[outside] == 0).all()
 
 
+@pytest.mark.parametrize("region_size", [4, 8])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_heart_of_a_failed_slice_is_flagged_whatever_the_network_says(region_size, mirrored):
+    """All of where the neighbors have a heart; in the rest of the slice, and in other slices, the network decides."""
+    network = FailureResNet(region_size=region_size).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()  # a probability of 0.5 everywhere
+    shape = (160, 120, 4)
+    labels = np.zeros(shape, np.float32)
+    labels[5:45, 10:40, 0] = 3
+    labels[15:55, 12:42, 2] = 1  # so slice 1 failed, and slice 3 did not
+    inputs = torch.from_numpy(np.stack([np.ones(shape), np.zeros(shape), labels])[None].astype(np.float32))
+    if mirrored:
+        inputs = MetaTensor(inputs, affine=np.diag([-1.5, -1.5, 8.0, 1.0]), meta={"qform_code": 1, "sform_code": 1})
+    painted = FailureRegionInferer(region_size, amp=False)(inputs, network)
+    probability = painted[0, 0].numpy()
+    heart = (labels[..., [0, 2]] > 0).any(axis=-1)
+    assert set(np.unique(probability)) == {0, 0.5, 1}
+    assert np.unique(np.nonzero(probability == 1)[2]).tolist() == [1]
+    rows, cols = np.nonzero(probability[..., 1] == 1)
+    flagged = set(zip(rows, cols, strict=True))
+    assert flagged >= set(zip(*np.nonzero(heart), strict=True))
+    top, left = crop_box(heart, region_size)[::2]
+    cells = {
+        ((row - top) // region_size, (col - left) // region_size) for row, col in zip(*np.nonzero(heart), strict=True)
+    }
+    assert {((row - top) // region_size, (col - left) // region_size) for row, col in flagged} == cells
+    result = FlagRegionsd("pred", "segmentation", 0.9, region_size)(
+        {"pred": painted[0], "segmentation": torch.from_numpy(labels[None]), "image": inputs[0]}
+    )["result"]
+    assert result["flagged_slices"] == [1]
+    assert len(result["regions"]) == len(cells)
+
+
 @pytest.mark.parametrize("batch", [[0], [0, 1, 2], [2, 1, 0]])
 def test_a_mirrored_stack_is_turned_over_for_the_detector(batch):
     """The same cells as of the stack that is not mirrored, where they lie in it; each stack for itself."""

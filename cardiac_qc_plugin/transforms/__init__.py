@@ -7,7 +7,9 @@ from .regions import (
     RegionGrid,
     RegionLabelsd,
     crop_box,
+    crop_boxes,
     crop_slice,
+    expected_heart,
     flagged_region_map,
     paint_regions,
     region_grid,
@@ -23,6 +25,7 @@ from .spatial import (
     LoadScand,
     SeenFromApexd,
     StackWriter,
+    failed_slices,
 )
 from .uncertainty import (
     BayesianMap,
@@ -63,7 +66,10 @@ __all__ = [
     "apply_edits",
     "bayesian_map",
     "crop_box",
+    "crop_boxes",
     "crop_slice",
+    "expected_heart",
+    "failed_slices",
     "failure_mask",
     "flagged_region_map",
     "paint_regions",

@@ -17,6 +17,8 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
+from .spatial import failed_slices
+
 Box = tuple[int, int, int, int]
 REGION_SIZE, MIN_SIZE = 8, 80  # pixels: a cell, and the smallest crop (V-B)
 
@@ -52,6 +54,36 @@ def crop_box(mask_slice: np.ndarray, region_size: int = REGION_SIZE, min_size: i
         start = min(max(start, 0), length - size) if size <= length else (length - size) // 2
         box += [start, start + size]
     return tuple(box)
+
+
+def expected_heart(labels: np.ndarray) -> np.ndarray:
+    """Where the heart has to be in slices whose segmentation failed: there or in the nearest full slices.
+
+    A heart does not end and begin again, so an empty slice between full ones is a failure, however sure a network is
+    of it (see :func:`~cardiac_qc_plugin.transforms.failed_slices`).
+
+    Args:
+        labels: automatic segmentation, (H, W, D).
+
+    Returns:
+        Booleans (H, W, D): what is labelled in a failed slice or in one of the full slices on its two sides; False in
+        all other slices.
+    """
+    heart = np.zeros(labels.shape, dtype=bool)
+    for z, (before, behind) in failed_slices(labels).items():
+        heart[..., z] = (labels[..., [before, z, behind]] > 0).any(axis=-1)
+    return heart
+
+
+def crop_boxes(labels: np.ndarray, region_size: int = REGION_SIZE, min_size: int = MIN_SIZE) -> list[Box]:
+    """The detector's crop of each slice, see `crop_box`; where a slice failed, around the heart that it should show.
+
+    Args:
+        labels: automatic segmentation, (H, W, D).
+        region_size, min_size: as for `crop_box`.
+    """
+    foreground = (labels > 0) | expected_heart(labels)
+    return [crop_box(foreground[..., z], region_size, min_size) for z in range(labels.shape[2])]
 
 
 def crop_slice(image: np.ndarray, box: Box) -> np.ndarray:
@@ -308,7 +340,7 @@ class FlagRegionsd(MapTransform):
             painted, labels = convert_to_numpy(d[key])[0], convert_to_numpy(d[self.segmentation_key])[0]
             if painted.shape != labels.shape:
                 raise ValueError(f"Failure probabilities of shape {painted.shape}, and labels of {labels.shape}.")
-            boxes = [crop_box(labels[..., i], self.region_size, self.min_size) for i in range(labels.shape[2])]
+            boxes = crop_boxes(labels, self.region_size, self.min_size)
             grid = region_grid(boxes, painted.shape, self.region_size)
             regions, records = flagged_region_map(painted, grid, self.threshold)
             d[key] = convert_to_dst_type(painted[None], d[self.image_key])[0]

@@ -3,6 +3,7 @@
 import gzip
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "StackWriter",
     "check_checksum",
     "check_spacing",
+    "failed_slices",
     "says_how_it_lies",
     "seen_from_base",
     "spacing_of",
@@ -35,6 +37,7 @@ __all__ = [
 
 APEX = np.array([-1.0, 1.0, -1.0]) / 3**0.5  # where it lies from the base: left, front, feet
 LABELS = 8  # a label map has no more values; an image has hundreds
+FULL = 0.33  # share of the fullest slice's labels, below which a slice between others has failed
 CODES = ("qform_code", "sform_code")  # both 0: the file does not say how it lies in the patient
 
 
@@ -330,17 +333,31 @@ class InPlaneSpacingd(Spacingd):
         return {**data, **super().__call__(own, lazy=lazy)}
 
 
+def failed_slices(labels: np.ndarray, full: float = FULL) -> dict[int, tuple[int, int]]:
+    """Slices in which next to nothing is labelled, between others that are full.
+
+    Args:
+        labels: (H, W, D).
+        full: share of the fullest slice's labels, of all structures, from which a slice is full.
+
+    Returns:
+        Of each failed slice, the nearest full slices before and behind it.
+    """
+    area = np.count_nonzero(labels, axis=(0, 1))
+    slices = np.flatnonzero(area >= full * area.max()).tolist()
+    return {z: (before, behind) for before, behind in pairwise(slices) for z in range(before + 1, behind)}
+
+
 class KeepLargestComponentd(MapTransform):
     """Keep the largest 26-connected component of each structure (section IV), over slices whose segmentation failed.
 
     MONAI's ``KeepLargestConnectedComponentd`` ends at a slice that lacks the structure: after one failed slice all that
     is right beyond it is removed, and nothing is left that shows the gap. Here what lies before a failed slice is
-    joined to what lies behind it. A slice has failed if less is labelled in it, of all structures, than a share of the
-    fullest slice, and slices on both sides have that much; where a single structure is missing, its component ends.
+    joined to what lies behind it, see :func:`failed_slices`; where a single structure is missing, its component ends.
 
     Args:
         keys: label maps ``(1, H, W, D)``.
-        full: that share; 0 for the component alone.
+        full: as for :func:`failed_slices`; 0 for the component alone.
         allow_missing_keys: pass over keys that are not there.
 
     Example:
@@ -351,7 +368,7 @@ class KeepLargestComponentd(MapTransform):
         [48.0, 48.0, 0.0, 48.0, 0.0, 0.0]
     """
 
-    def __init__(self, keys: KeysCollection, full: float = 0.33, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, full: float = FULL, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.full = full
 
@@ -359,9 +376,7 @@ class KeepLargestComponentd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             labels = convert_to_numpy(d[key])[0]
-            area = np.count_nonzero(labels, axis=(0, 1))
-            full = np.flatnonzero(area >= self.full * area.max())
-            failed = sorted({*range(full[0], full[-1])} - {*full})
+            failed = sorted(failed_slices(labels, self.full))
             kept = [self._largest(labels == label, failed) for label in CLASS_NAMES]
             d[key] = convert_to_dst_type(np.where(np.any(kept, axis=0), labels, 0)[None], d[key])[0]
         return d

@@ -17,7 +17,7 @@ from cardiac_qc_plugin.metrics.detection import (
     operating_point,
     region_average_precision,
 )
-from cardiac_qc_plugin.transforms.regions import MIN_SIZE, REGION_SIZE, Box, crop_box, region_grid
+from cardiac_qc_plugin.transforms.regions import MIN_SIZE, REGION_SIZE, Box, crop_boxes, region_grid
 
 from .files import without_nan, write_json
 
@@ -69,7 +69,7 @@ class RegionAveragePrecision(Metric):
     def update(self, output: Iterable[Iterable[Any]]) -> None:
         for painted, inputs, failures in zip(*output, strict=True):
             labels = convert_to_numpy(inputs)[2]
-            boxes = [crop_box(labels[..., z], self.region_size, self.min_size) for z in range(labels.shape[2])]
+            boxes = crop_boxes(labels, self.region_size, self.min_size)
             probability, failing = convert_to_numpy(painted)[0], convert_to_numpy(failures)[0]
             self.volumes.append(volume_detection(probability, failing, boxes, self.region_size))
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from cardiac_qc_plugin.metrics.detection import operating_point
 from cardiac_qc_plugin.transforms.regions import (
     crop_box,
+    crop_boxes,
     crop_slice,
+    expected_heart,
     flagged_region_map,
     paint_regions,
     region_grid,
@@ -69,6 +71,37 @@ def test_crop_box_examples(shape, rows, cols, options, box):
         mask[slice(*rows), slice(*cols)] = 2
     assert crop_box(mask, **options) == box
     assert all(type(edge) is int for edge in crop_box(mask, **options))  # they go into JSON
+
+
+def test_the_heart_of_a_failed_slice_is_that_of_its_neighbors():
+    labels = np.zeros((100, 100, 6), np.uint8)
+    labels[2:22, 4:24, 1] = 3
+    labels[10:30, 4:24, 4] = 1
+    labels[95, 95, 2] = 2  # a speck, so slices 2 and 3 failed
+    heart = np.zeros(labels.shape, bool)
+    heart[2:30, 4:24, 2:4] = True
+    heart[95, 95, 2] = True
+    np.testing.assert_array_equal(expected_heart(labels), heart)
+    center, corner = (10, 90, 10, 90), (0, 80, 0, 80)
+    assert crop_boxes(labels) == [center, corner, (1, 97, 2, 98), corner, corner, center]
+    np.testing.assert_array_equal(expected_heart(labels[..., ::-1]), heart[..., ::-1])
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([0, 4, 12, 36]), min_size=1, max_size=8))
+def test_a_stack_is_cropped_slice_by_slice_where_none_failed(areas):
+    labels = np.zeros((20, 20, len(areas)), np.uint8)
+    for z, area in enumerate(areas):
+        labels[7:13, 9:15, z].flat[:area] = 1
+    heart = expected_heart(labels)
+    full = [z for z, area in enumerate(areas) if area >= max(areas) / 3]
+    boxes = crop_boxes(labels, 4, 4)
+    for z in range(len(areas)):
+        failed = any(a < z for a in full) and any(a > z for a in full) and z not in full
+        assert heart[..., z].any() == failed
+        assert not heart[..., z][labels.max(axis=2) == 0].any()
+        if not failed:
+            assert boxes[z] == crop_box(labels[..., z], 4, 4)
 
 
 @pytest.mark.parametrize(

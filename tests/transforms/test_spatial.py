@@ -29,6 +29,7 @@ from cardiac_qc_plugin.transforms import (
     LoadScand,
     SeenFromApexd,
     StackWriter,
+    failed_slices,
 )
 from cardiac_qc_plugin.transforms.spatial import APEX, check_spacing, seen_from_base, spacing_of
 from cardiac_qc_plugin.workflows.files import read_volume
@@ -549,6 +550,24 @@ def broken_stack(failed, speck=0):
     extra[:, 10:15, 10:15, 0] = 3  # a blob, larger than a slice of the LV
     extra[:, 0, 0, 9] = 1  # a speck beyond the apex
     return labels, extra
+
+
+@pytest.mark.parametrize(
+    ("areas", "failed"),
+    [
+        ([9, 9, 9], {}),
+        ([0, 9, 0, 9, 0], {2: (1, 3)}),
+        ([9, 2, 0, 3, 9], {1: (0, 3), 2: (0, 3)}),  # 3 of 9 are a third, more than the share
+        ([9, 2, 0, 2, 1], {}),  # nothing full behind them
+        ([2, 9, 1, 6, 0, 0, 4], {2: (1, 3), 4: (3, 6), 5: (3, 6)}),
+        ([0, 0], {}),
+    ],
+)
+def test_failed_slices_lie_between_full_ones(areas, failed):
+    labels = np.zeros((3, 3, len(areas)), dtype=np.uint8)
+    for z, area in enumerate(areas):
+        labels[..., z].flat[:area] = 1 + z % 3  # whatever the structure
+    assert failed_slices(labels) == failed
 
 
 @pytest.mark.parametrize("speck", [0, 3])
