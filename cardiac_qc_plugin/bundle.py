@@ -114,7 +114,7 @@ class BundlePredictor:
         compute: runs the network's part of a case: in the calling thread, one case at a time.
         config: the parsed configuration, a :class:`monai.bundle.ConfigParser`.
         version: version in the bundle's metadata.
-        digest: digest of configuration, overrides and weights: equal digests give equal results.
+        digest: digest of version, configuration, overrides and weights: equal digests give equal results.
         weights_sha256: digest of the weights.
         network: with its weights; what was made of them for the inferer does not follow a change.
         promise: what is promised of a detector's threshold, for the record; None for the bundle's operating point.
@@ -146,7 +146,7 @@ class BundlePredictor:
         self.weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         places = ("bundle_root", "ckpt_path", "device")  # the weights have a digest of their own
         settings = json.dumps({k: v for k, v in overrides.items() if k not in places}, sort_keys=True)
-        parts = [config_file.read_text(), settings, self.weights_sha256]
+        parts = [self.version, config_file.read_text(), settings, self.weights_sha256]
         if "threshold" in self.config:
             parts.append(str(self._get("threshold")))  # it may come from a file
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -208,13 +208,17 @@ def test_a_worklist_that_a_spreadsheet_saved_is_named(tmp_path):
         list(folder_rows(tmp_path, {}))
 
 
-def test_a_bundle_may_be_moved(bundles, predictors, tmp_path):
+def test_a_bundle_may_be_moved_but_not_change(bundles, predictors, tmp_path):
     """What is done counts as done, wherever weights lie and on whichever device."""
     folder = tmp_path / "cardiac_dn_segmentation"
     shutil.copytree(bundles / "cardiac_dn_segmentation", folder)
     (folder / "models" / "model.pt").rename(tmp_path / "mine.pt")
     moved = BundlePredictor(folder, samples=2, amp=False, ckpt_path=str(tmp_path / "mine.pt"))
     assert moved.digest == predictors[0].digest
+    metadata = folder / "configs" / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"version": "99.0.0"}))  # its results may differ
+    newer = BundlePredictor(folder, samples=2, amp=False, ckpt_path=str(tmp_path / "mine.pt"))
+    assert newer.digest != moved.digest
 
 
 def test_results_of_a_scan_that_broke_meanwhile_are_removed(predictors, tmp_path):
