@@ -499,8 +499,10 @@ class FailureRegionInferer(Inferer):
                     logits = forward(network, patch.to(inputs.device), self.amp)
                     cells = logits.softmax(dim=1)[0, 1].cpu().numpy()
                     cells = cells[:, ::-1] if mirrored[index] else cells
-                    cells = np.where(region_labels(crop_slice(heart[..., z], box), self.region_size), 1, cells)
-                    painted[index, 0, ..., z] = paint_regions(cells, box, stack.shape[1:3], self.region_size)
+                    failed = region_labels(crop_slice(heart[..., z], box), self.region_size)
+                    painted[index, 0, ..., z] = np.maximum(
+                        *(paint_regions(values, box, stack.shape[1:3], self.region_size) for values in (cells, failed))
+                    )
         return torch.from_numpy(painted).to(inputs.device)
 
 
