@@ -30,7 +30,7 @@ from cardiac_qc_plugin.bundle import (
     root_cause,
 )
 from cardiac_qc_plugin.checkpoints import detector_file, load_weights, read_threshold, save_weights
-from cardiac_qc_plugin.data import PatchAugmentation, hold_out, read_fold
+from cardiac_qc_plugin.data import ImageDegradation, PatchAugmentation, hold_out, read_fold
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics import dice_and_hausdorff
 from cardiac_qc_plugin.networks import FailureResNet
@@ -139,7 +139,13 @@ def test_training_and_inference_agree(bundle):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_the_whole_augmentation_is_in_the_configuration(bundle):
     augmentation = config(bundle, "train")["train"]["augmentation"]
-    assert augmentation.keys() - {"_target_"} == PatchAugmentation.__dataclass_fields__.keys()
+    expected = set(PatchAugmentation.__dataclass_fields__)
+    if bundle not in SEGMENTATION:  # its map and its segmentation belong to the scan as it is
+        expected.remove("degradation")
+    else:
+        degradation = augmentation["degradation"].keys() - {"_target_", "_disabled_"}
+        assert degradation == ImageDegradation.__dataclass_fields__.keys()
+    assert augmentation.keys() - {"_target_"} == expected
 
 
 def test_segmentation_bundles_differ_in_network_and_regime_only():
@@ -158,7 +164,7 @@ def test_segmentation_bundles_differ_in_network_and_regime_only():
     ("bundle", "overrides"),
     [
         ("cardiac_dn_segmentation", {"loss": "brier", "patch_size": 32}),
-        ("cardiac_drn_segmentation", {"loss": "ce", "patch_size": 32}),
+        ("cardiac_drn_segmentation", {"loss": "ce", "patch_size": 32, "degraded": 0.5}),
         ("cardiac_unet_segmentation", {"loss": "soft_dice", "patch_size": 32}),
     ],
 )
@@ -167,10 +173,31 @@ def test_segmentation_trains(bundle, overrides, acdc_like, tmp_path):
     assert missing == []
     trainer = workflow.parser.get_parsed_content("train#trainer")
     assert trainer.state.iteration == 2
+    degradation = workflow.parser.get_parsed_content("train#augmentation").degradation
+    if "degraded" in overrides:
+        assert (degradation.share, degradation.motion_share) == (0.5, 0.2)
+    else:
+        assert degradation is None
     assert 0 <= workflow.parser.get_parsed_content("validate#evaluator").state.metrics["val_mean_dice"] <= 1
     fresh = workflow.parser.get_parsed_content("network_def")
     load_weights(fresh, tmp_path / "model.pt")
     assert not list(tmp_path.glob("resume*"))
+
+
+@pytest.mark.parametrize("bundle", ["cardiac_dn_segmentation", "cardiac_segmentation_failure"])
+def test_a_damaged_validation_label_is_known_before_training(bundle, acdc_like, tmp_path):
+    shutil.copytree(acdc_like, tmp_path / "acdc")
+    training, validation = read_fold(tmp_path / "acdc" / "folds.json", tmp_path / "acdc" / "data", 0)
+    settings = {}
+    if bundle == "cardiac_segmentation_failure":
+        validation, settings = hold_out(training)[1], {"predictions_dir": str(acdc_like / "predictions")}
+    label = Path(validation[-1]["label"])
+    volume = read_volume(label)
+    write_like(label, np.where(volume.data > 0, 7, 0).astype(np.uint8), volume)
+    with pytest.raises(RuntimeError) as info:
+        train(bundle, tmp_path / "acdc", tmp_path / "models", val_interval=9, iterations=3, **settings)
+    assert label.name in str(root_cause(info.value)) and "7" in str(root_cause(info.value))
+    assert not [path for path in (tmp_path / "models").rglob("*") if path.is_file()]
 
 
 def test_augmentation_is_left_out_as_the_readmes_say(acdc_like, tmp_path):

@@ -1,14 +1,15 @@
 """Which items of a datalist a training sees, and which are kept from it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from monai.auto3dseg.utils import datafold_read
+from tqdm import tqdm
 
 from .acdc import SAME_SCAN
 
-__all__ = ["hold_out", "read_fold", "training_items"]
+__all__ = ["check_scans", "hold_out", "read_fold", "training_items"]
 
 KEYS = ("image", "label")
 
@@ -101,3 +102,13 @@ def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[di
         [item for item in items if item["meta"]["patient"] not in held],
         [item for item in items if item["meta"]["patient"] in held],
     )
+
+
+def check_scans(dataset: Iterable) -> None:
+    """Read each scan once and keep none: a damaged one should not be found after hours of training.
+
+    Raises:
+        whatever reading or preprocessing a scan raises.
+    """
+    for _ in tqdm(dataset, desc="Checking validation scans", unit="scan", disable=None):
+        pass

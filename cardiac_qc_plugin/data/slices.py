@@ -13,12 +13,9 @@ from tqdm import tqdm
 from cardiac_qc_plugin.metrics.segmentation import check_labels
 from cardiac_qc_plugin.transforms.regions import region_labels
 
+from .degradation import ImageDegradation, uniform
+
 __all__ = ["PatchAugmentation", "SlicePatchDataset", "positive_weight"]
-
-
-def uniform(generator: torch.Generator, count: int, low: float, high: float) -> torch.Tensor:
-    """``(count,)`` values drawn uniformly from [low, high)."""
-    return low + (high - low) * torch.rand(count, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class PatchAugmentation:
             what lies outside is clipped.
         brightness: largest shift of the intensities, to either side.
         noise: largest standard deviation of Gaussian noise.
+        degradation: what makes some of the patches worse, after all of this.
     """
 
     rotation: float = 30.0
@@ -41,6 +39,7 @@ class PatchAugmentation:
     gamma: tuple[float, float] = (0.7, 1.4)
     brightness: float = 0.1
     noise: float = 0.03
+    degradation: ImageDegradation | None = None
 
     def margin(self, patch: int) -> int:
         """Pixels to cut beyond the patch on each side, so that corners rarely turn in from outside."""
@@ -73,7 +72,10 @@ class PatchAugmentation:
         sigma = uniform(generator, count, 0.0, self.noise)
         scan = image[:, :1].clamp_min(0) ** gamma.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)
         scan = scan + sigma.view(-1, 1, 1, 1) * torch.randn(scan.shape, generator=generator)
-        return torch.cat([scan.clamp(0, 1), image[:, 1:]], dim=1), label
+        scan = scan.clamp(0, 1)
+        if self.degradation is not None:
+            scan = self.degradation(scan, generator)
+        return torch.cat([scan, image[:, 1:]], dim=1), label
 
 
 def padded_crop(array: np.ndarray, row: int, col: int, size: int) -> np.ndarray:

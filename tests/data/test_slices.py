@@ -7,8 +7,8 @@ from monai.data import MetaTensor
 from scipy.ndimage import map_coordinates
 from torch.utils.data import DataLoader
 
-from cardiac_qc_plugin.data import PatchAugmentation, SlicePatchDataset, positive_weight
-from cardiac_qc_plugin.data.slices import uniform
+from cardiac_qc_plugin.data import ImageDegradation, PatchAugmentation, SlicePatchDataset, positive_weight
+from cardiac_qc_plugin.data.degradation import uniform
 
 IDENTITY = PatchAugmentation(rotation=0.0, scale=(1.0, 1.0), gamma=(1.0, 1.0), brightness=0.0, noise=0.0)
 
@@ -452,3 +452,14 @@ def test_generator_decides():
     state = torch.get_rng_state()
     augment(PatchAugmentation(), image, label, 16)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_degradation_is_of_the_scan_and_comes_last():
+    """The uncertainty map and the labels stay as the rest of the augmentation leaves them."""
+    image = torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    label = torch.ones(6, 1, 24, 24)
+    plain, plain_label = augment(PatchAugmentation(), image, label, 16)
+    degradation = ImageDegradation(share=1.0, motion_share=1.0)
+    worse, worse_label = augment(PatchAugmentation(degradation=degradation), image, label, 16)
+    assert torch.equal(worse[:, 1:], plain[:, 1:]) and torch.equal(worse_label, plain_label)
+    assert (worse[:, 0] != plain[:, 0]).flatten(1).any(dim=1).all() and 0 <= worse.min() and worse.max() <= 1
