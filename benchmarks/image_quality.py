@@ -62,7 +62,8 @@ def motion(scan: np.ndarray, spacing: tuple[float, ...], seed: int) -> np.ndarra
     result, shift = scan.copy(), round(MOVED / spacing[0])
     for z in np.random.default_rng(seed).permutation(scan.shape[2])[: scan.shape[2] // 3]:
         lines, moved = np.fft.fft2(scan[..., z]), np.fft.fft2(np.roll(scan[..., z], shift, axis=0))
-        lines[1::2] = moved[1::2]
+        late = np.fft.fftfreq(len(lines), 1 / len(lines)).round() % 2 == 1
+        lines[late] = moved[late]
         result[..., z] = np.abs(np.fft.ifft2(lines))
     return result
 

@@ -28,13 +28,13 @@ def ghosts(scan: torch.Tensor, shift: torch.Tensor, every: torch.Tensor, along: 
     Args:
         scan: ``(B, N, N)``.
         shift: ``(B, 2)``, pixels along rows and columns by which the body had moved.
-        every: ``(B,)``, of how many lines one was read after the motion, from 2.
+        every: ``(B,)``, of how many lines one was read after the motion, from 2; the middle line was read before it.
         along: ``(B,)``, axis along which the lines are counted: 0 or 1.
     """
     size = scan.shape[-1]
     rows, cols = frequencies(size)
     moved = torch.exp(-2j * math.pi * (rows * shift[:, 0, None, None] + cols * shift[:, 1, None, None]))
-    line = torch.arange(size)
+    line = torch.fft.fftfreq(size, 1 / size).round()  # numbers from the middle of k-space: fft2 has its ends there
     line = torch.where(along[:, None, None] == 0, line[:, None], line[None])
     late = line % every[:, None, None] == 1
     space = torch.fft.fft2(scan)
@@ -70,19 +70,21 @@ class ImageDegradation:
     """Ghosts of motion, low resolution, a bias field, another contrast and Rician noise, each in some of the patches.
 
     Networks that never saw such images fail on them. The kinds are drawn independently of each other, so a patch may
-    have several; without any it stays as it is.
+    have several; without any it stays as it is. A patch is taken for a whole slice: ringing and ghosts go round its
+    edges. Pixels are the patch's, whatever their size in mm.
 
     Args:
         share: probability of each kind but motion, in a patch.
         motion_share: probability of ghosts.
         shift: largest motion in pixels, along each axis.
-        keep: smallest radius of k-space that is left, as a share of the highest frequency along an axis.
+        keep: smallest radius of k-space that is left, as a share of the highest frequency along an axis; the largest
+            is 1. From 1.42 on nothing is cut.
         bias: largest coefficient of the bias field's polynomials, whose total degree is at most 3.
         gamma: range of the exponent of the intensities, drawn on a logarithmic scale.
         noise: largest standard deviation of the Rician noise.
 
     Raises:
-        ValueError: if a share is none.
+        ValueError: if a share is not between 0 and 1, or another setting is out of its range.
 
     Example:
         >>> scan = torch.rand(16, 1, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -102,12 +104,17 @@ class ImageDegradation:
         for name in ("share", "motion_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, between 0 and 1, got {getattr(self, name)}.")
+        if not 0 < self.gamma[0] <= self.gamma[1] < math.inf:
+            raise ValueError(f"gamma is a range of positive exponents, the smaller first, got {self.gamma}.")
+        for name in ("shift", "keep", "bias", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is 0 or more, got {getattr(self, name)}.")
 
     def __call__(self, scan: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Degraded patches, clipped to [0, 1].
 
         Args:
-            scan: ``(B, 1, N, N)``, intensities in [0, 1].
+            scan: ``(B, 1, N, N)``, float32 on the CPU, intensities in [0, 1].
             generator: source of the random numbers.
         """
         result = scan[:, 0].clone()
@@ -125,15 +132,15 @@ class ImageDegradation:
         return ghosts(scan, shift, every, along)
 
     def _blur(self, scan: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return low_resolution(scan, uniform(generator, len(scan), self.keep, 1.0))
+        return low_resolution(scan, uniform(generator, len(scan), self.keep, max(1.0, self.keep)))
 
     def _shade(self, scan: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Bias field, after which what is bright is no brighter than 1, as the scaling by percentiles does it."""
+        """Bias field, after which the 97th percentile is scaled down to a level from 0.7 to 1.2 if it is above it."""
         count, orders = len(scan), DEGREE + 1
         coefficients = uniform(generator, count * orders**2, -self.bias, self.bias).view(count, orders, orders)
         possible = np.add.outer(np.arange(orders), np.arange(orders)) <= DEGREE
         scan = scan * bias_field(coefficients * torch.from_numpy(possible), scan.shape[-1])
-        bright = torch.quantile(scan.flatten(1), 0.97, dim=1).clamp_min(0.1)
+        bright = torch.quantile(scan.flatten(1), 0.97, dim=1)
         return scan * (uniform(generator, count, 0.7, 1.2) / bright).clamp_max(1)[:, None, None]
 
     def _change_contrast(self, scan: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

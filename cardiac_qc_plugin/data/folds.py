@@ -104,11 +104,14 @@ def hold_out(items: Sequence[dict], every: int = 5) -> tuple[list[dict], list[di
     )
 
 
-def check_scans(dataset: Iterable) -> None:
+def check_scans(scans: Iterable) -> None:
     """Read each scan once and keep none: a damaged one should not be found after hours of training.
+
+    Args:
+        scans: a DataLoader; a MONAI dataset by itself would take an IndexError of a transform for its end.
 
     Raises:
         whatever reading or preprocessing a scan raises.
     """
-    for _ in tqdm(dataset, desc="Checking validation scans", unit="scan", disable=None):
+    for _ in tqdm(scans, desc="Checking validation scans", unit="scan", disable=None):
         pass

@@ -81,6 +81,9 @@ def crop_boxes(labels: np.ndarray, region_size: int = REGION_SIZE, min_size: int
     Args:
         labels: automatic segmentation, (H, W, D).
         region_size, min_size: as for `crop_box`.
+
+    Returns:
+        A box for each slice.
     """
     foreground = (labels > 0) | expected_heart(labels)
     return [crop_box(foreground[..., z], region_size, min_size) for z in range(labels.shape[2])]

@@ -334,7 +334,7 @@ class InPlaneSpacingd(Spacingd):
 
 
 def failed_slices(labels: np.ndarray, full: float = FULL) -> dict[int, tuple[int, int]]:
-    """Slices in which next to nothing is labelled, between others that are full.
+    """Slices in which much less is labelled than in the fullest one, between others that are full.
 
     Args:
         labels: (H, W, D).
@@ -342,7 +342,12 @@ def failed_slices(labels: np.ndarray, full: float = FULL) -> dict[int, tuple[int
 
     Returns:
         Of each failed slice, the nearest full slices before and behind it.
+
+    Raises:
+        ValueError: if the labels are of another rank, or the share is not between 0 and 1.
     """
+    if labels.ndim != 3 or not 0 <= full <= 1:
+        raise ValueError(f"Expected labels (H, W, D) and a share of 0 to 1, got shape {labels.shape} and {full}.")
     area = np.count_nonzero(labels, axis=(0, 1))
     slices = np.flatnonzero(area >= full * area.max()).tolist()
     return {z: (before, behind) for before, behind in pairwise(slices) for z in range(before + 1, behind)}

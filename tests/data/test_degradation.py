@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import GibbsNoise, RandBiasField
 
-from cardiac_qc_plugin.data import ImageDegradation
+from cardiac_qc_plugin.data import ImageDegradation, degradation
 from cardiac_qc_plugin.data.degradation import bias_field, ghosts, low_resolution
 
-NOTHING = {"share": 1.0, "motion_share": 1.0, "shift": 0.0, "keep": 1e6, "bias": 0.0, "gamma": (1.0, 1.0), "noise": 0.0}
+NOTHING = {"share": 1.0, "motion_share": 1.0, "shift": 0.0, "keep": 1.5, "bias": 0.0, "gamma": (1.0, 1.0), "noise": 0.0}
 
 
 def patches(count: int = 4, size: int = 24, seed: int = 0) -> torch.Tensor:
@@ -44,17 +44,21 @@ def test_each_patch_has_its_own_resolution():
     assert sharpness == sorted(sharpness)
 
 
+@pytest.mark.parametrize("size", [24, 31, 32])
 @pytest.mark.parametrize("every", [2, 3, 4])
 @pytest.mark.parametrize("along", [0, 1])
-def test_ghosts_exchange_lines_of_k_space(every, along):
-    scan = patches()[:, 0]
+def test_ghosts_exchange_lines_of_k_space(size, every, along):
+    """Every second, third or fourth line, counted from the middle; nowhere do two of them lie closer together."""
+    scan = patches(size=size)[:, 0]
+    lines = np.flatnonzero((np.arange(size) - size // 2) % every == 1)
+    late = (lines, slice(None)) if along == 0 else (slice(None), lines)
     shift = np.array([[2, 0], [-3, 1], [0, 5], [0, 0]])
     found = ghosts(scan, torch.from_numpy(shift).float(), torch.full((4,), every), torch.full((4,), along))
     for patch, (rows, cols), result in zip(scan.numpy(), shift, found.numpy(), strict=True):
-        space, moved = np.fft.fft2(patch), np.fft.fft2(np.roll(patch, (rows, cols), axis=(0, 1)))
-        late = (slice(1, None, every), slice(None)) if along == 0 else (slice(None), slice(1, None, every))
+        both = (patch, np.roll(patch, (rows, cols), axis=(0, 1)))
+        space, moved = (np.fft.fftshift(np.fft.fft2(image)) for image in both)
         space[late] = moved[late]
-        np.testing.assert_allclose(result, np.abs(np.fft.ifft2(space)), atol=1e-5)
+        np.testing.assert_allclose(result, np.abs(np.fft.ifft2(np.fft.ifftshift(space))), atol=1e-5)
 
 
 def test_bias_field_is_monais():
@@ -76,10 +80,27 @@ def test_bias_field_has_a_total_degree_of_three():
     assert field.std() > 0.1
 
 
-def test_after_the_bias_field_what_is_bright_is_at_most_a_little_brighter_than_1():
-    scan = degrade(patches(200), **{**NOTHING, "motion_share": 0.0, "bias": 1.0})
-    bright = torch.quantile(scan.flatten(1), 0.97, dim=1)
-    assert 0.5 < bright.mean() < 1 and (bright >= 1 - 1e-6).float().mean() < 0.5
+def test_what_is_bright_after_the_bias_field_is_scaled_down():
+    """4 % of the pixels have 1, and get the drawn level where it is lower; 2 % do not reach the 97th percentile."""
+    scan = torch.full((1000, 1, 10, 10), 0.5)
+    scan[:, 0, :4, 0] = 1.0
+    found = degrade(scan, **{**NOTHING, "motion_share": 0.0})
+    bright = found[:, 0, 0, 0]
+    assert 0.7 <= bright.min() < 0.71 and abs((bright == 1).float().mean() - 0.4) < 0.05
+    torch.testing.assert_close(found[:, 0, 9, 9], bright / 2)
+    scan[:, 0, 2:4, 0] = 0.5
+    torch.testing.assert_close(degrade(scan, **{**NOTHING, "motion_share": 0.0}), scan, atol=1e-5, rtol=0)
+
+
+def test_motion_and_resolution_are_drawn_from_the_whole_range(monkeypatch):
+    drawn = []
+    for name in ("ghosts", "low_resolution"):
+        monkeypatch.setattr(degradation, name, lambda scan, *values: drawn.append(values) or scan)
+    degrade(torch.full((2000, 1, 2, 2), 0.5), **{**NOTHING, "shift": 6.0, "keep": 0.25})
+    (shift, every, along), (keep,) = drawn
+    assert -6 <= shift.min() < -5.9 and 5.9 < shift.max() <= 6 and (shift[0] != shift[1]).all()
+    assert set(every.tolist()) == {2, 3, 4} and set(along.tolist()) == {0, 1}
+    assert 0.25 <= keep.min() < 0.26 and 0.99 < keep.max() <= 1
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
@@ -98,11 +119,11 @@ def test_gamma_lies_in_its_range_and_darkens_as_often_as_it_brightens():
 
 def test_noise_is_rician():
     """Without signal its square has the mean 2 sigma^2 (Rayleigh), with much signal its deviation is sigma."""
-    option = {**NOTHING, "motion_share": 0.0, "noise": 0.2}
-    sigma = 0.2 * torch.rand(400, generator=torch.Generator().manual_seed(1))  # uniform: mean of sigma^2 = 0.04 / 3
-    assert abs(float(sigma.square().mean()) - 0.04 / 3) < 0.001
-    dark = degrade(torch.zeros(400, 1, 32, 32), **option)
+    option = {**NOTHING, "motion_share": 0.0, "noise": 0.2}  # sigma is uniform: the mean of sigma^2 is 0.04 / 3
+    dark = degrade(torch.zeros(400, 1, 32, 32), **option, seed=1)
     assert float(dark.square().mean()) == pytest.approx(2 * 0.04 / 3, rel=0.08)
+    after_contrast = degrade(torch.zeros(400, 1, 32, 32), **{**option, "gamma": (2.0, 2.0)}, seed=1)
+    assert float(after_contrast.square().mean()) == pytest.approx(2 * 0.04 / 3, rel=0.08)
     bright = degrade(torch.full((400, 1, 32, 32), 0.5), **option)[:, 0].flatten(1)
     assert float(bright.var(dim=1).mean()) == pytest.approx(0.04 / 3, rel=0.1)
     assert bright.std(dim=1).max() < 0.22 and bright.std(dim=1).min() < 0.01
@@ -156,3 +177,14 @@ def test_a_black_patch_stays_one_but_for_noise():
 def test_a_share_is_a_probability(name, value):
     with pytest.raises(ValueError, match=f"{name} is a probability"):
         ImageDegradation(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"gamma": (0.0, 2.0)}, {"gamma": (2.0, 0.5)}, {"gamma": (0.5, float("inf"))}]
+    + [{name: value} for name in ("shift", "keep", "bias", "noise") for value in (-0.1, float("nan"), float("inf"))],
+    ids=str,
+)
+def test_what_is_out_of_range_is_known_before_a_training(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        ImageDegradation(**option)

@@ -458,8 +458,10 @@ def test_degradation_is_of_the_scan_and_comes_last():
     """The uncertainty map and the labels stay as the rest of the augmentation leaves them."""
     image = torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     label = torch.ones(6, 1, 24, 24)
-    plain, plain_label = augment(PatchAugmentation(), image, label, 16)
+    generator = torch.Generator().manual_seed(0)
+    plain, plain_label = PatchAugmentation()(image, label, 16, generator)
     degradation = ImageDegradation(share=1.0, motion_share=1.0)
+    expected = degradation(plain[:, :1], generator)  # with the numbers that come after the augmentation's
     worse, worse_label = augment(PatchAugmentation(degradation=degradation), image, label, 16)
     assert torch.equal(worse[:, 1:], plain[:, 1:]) and torch.equal(worse_label, plain_label)
-    assert (worse[:, 0] != plain[:, 0]).flatten(1).any(dim=1).all() and 0 <= worse.min() and worse.max() <= 1
+    assert torch.equal(worse[:, :1], expected) and (expected != plain[:, :1]).flatten(1).any(dim=1).all()
