@@ -570,6 +570,12 @@ def test_failed_slices_lie_between_full_ones(areas, failed):
     assert failed_slices(labels) == failed
 
 
+@pytest.mark.parametrize(("shape", "full"), [((1, 4, 4, 3), 0.3), ((4, 4), 0.3), ((4, 4, 3), -0.1), ((4, 4, 3), 1.5)])
+def test_failed_slices_need_a_label_map_and_a_share(shape, full):
+    with pytest.raises(ValueError, match=r"Expected labels \(H, W, D\) and a share"):
+        failed_slices(np.ones(shape), full)
+
+
 @pytest.mark.parametrize("speck", [0, 3])
 @pytest.mark.parametrize("failed", [[], [1], [4], [3, 4], [2, 3, 4, 5], [2, 6]])
 def test_what_lies_beyond_failed_slices_is_kept(failed, speck):
