@@ -46,7 +46,7 @@ class ReviewedVolume:
         self.size_gain, self.overlap_gain = true - ours, true - common
         self.wrong = grid.counts(prediction != reference)
 
-        # all that is outside this box is background, and stays so
+        # all that is outside this box is background, and stays so; a region with a wrong voxel has one in it
         box = ndimage.find_objects(((prediction | reference) > 0).astype(np.int8))[0]
         self.prediction, self.reference = prediction[box], reference[box]
         self.regions = [_shifted(region, box) for region in grid.indices()]
@@ -108,14 +108,13 @@ def _dice(overlap: np.ndarray, sizes: np.ndarray, reference_sizes: np.ndarray) -
     return np.divide(2 * overlap, total, out=np.full(total.shape, np.nan), where=total > 0)
 
 
-def _shifted(region: tuple[slice, slice, int], box: tuple[slice, slice, slice]) -> tuple[slice, slice, int] | tuple:
-    """A region's index in a cropped volume; one that selects nothing if its slice is not in the crop."""
+def _shifted(region: tuple[slice, slice, int], box: tuple[slice, slice, slice]) -> tuple[slice, slice, int]:
+    """A region's index in a cropped volume, for regions with a voxel in the crop."""
     rows, cols = (
         slice(max(part.start - edge.start, 0), max(part.stop - edge.start, 0))
         for part, edge in zip(region[:2], box[:2], strict=True)
     )
-    z = region[2] - box[2].start
-    return (rows, cols, z) if 0 <= z < box[2].stop - box[2].start else (slice(0), slice(0), 0)
+    return rows, cols, region[2] - box[2].start
 
 
 class _DistanceTo:

@@ -201,6 +201,7 @@ READ = {
     "no SliceLocation": (lambda z, t: {"SliceLocation": None}, []),
     "no trigger times": (lambda z, t: {"TriggerTime": None}, []),
     "all trigger times 0": (lambda z, t: {"TriggerTime": 0}, []),
+    "a slice without trigger times": (lambda z, t: {"TriggerTime": None} if z == 2 else {}, []),
     "no instance numbers": (lambda z, t: {"InstanceNumber": None}, []),
     "instance numbers at random": (renumbered, []),
     "UIDs with leading zeros, a frame of reference per slice": (leading_zeros, []),
@@ -225,6 +226,9 @@ def test_odd_but_read(tmp_path, odd):
             read_phase(planes), np.stack([value(z, t).T for z in range(SLICES)], axis=-1), err_msg=odd
         )
     assert stack.notes == notes
+    rates = [38.0 + z for z in range(SLICES)] if "heart rate" in odd else None
+    expected = [np.mean(rates) * t if rates else 40.0 * t + 10 for t in range(PHASES)]
+    assert stack.times == ([] if "trigger times" in odd else pytest.approx(expected))  # known only if all say so
 
 
 def test_linked_folders_are_searched_once(tmp_path):
@@ -311,6 +315,27 @@ def test_scaling_of_each_slice(tmp_path):
     voxels = read_phase(stack.phases[1])
     assert voxels.dtype == np.float32
     np.testing.assert_allclose(voxels, np.stack([value(z, 1).T * (1.5 + z) - 3 for z in range(SLICES)], axis=-1))
+
+
+HIGHEST, LOWEST = int(value(SLICES - 1, 1).max()), int(value(0, 1).min())
+
+
+@pytest.mark.parametrize(
+    ("intercept", "dtype"),
+    [
+        (2**15 - 1 - HIGHEST, np.int16),
+        (2**15 - HIGHEST, np.float32),
+        (-(2**15) - LOWEST, np.int16),
+        (-(2**15) - 1 - LOWEST, np.float32),
+    ],
+)
+def test_integers_that_16_bits_cannot_hold(tmp_path, intercept, dtype):
+    write(tmp_path, cine(lambda z, t: {"RescaleSlope": 1, "RescaleIntercept": intercept}))
+    voxels = read_phase(only(stacks_in(tmp_path)).phases[1])
+    assert voxels.dtype == dtype
+    np.testing.assert_array_equal(
+        voxels, np.stack([value(z, 1).T.astype(int) + intercept for z in range(SLICES)], axis=-1)
+    )
 
 
 @pytest.mark.parametrize("implicit", [True, False])

@@ -28,6 +28,12 @@ def test_a_large_failure_hides_no_other():
     assert volume_jumps(volumes[::-1]) == [3, 8]  # in the order of phases, not of their size
 
 
+def test_a_jump_counts_as_the_mean_of_its_neighbors():
+    """Of two phases with the smallest volume that whose neighbors are smaller, 66 and 74 instead of 75 and 67."""
+    volumes = [100, 100, 75, 60, 200, 74, 76, 66, 60, 74, 90, 100]
+    assert volume_jumps(volumes) == [4] and find_ed_es(volumes)[1] == 8
+
+
 @pytest.mark.parametrize("phases", range(3, 25))
 def test_a_beat_has_no_jump(phases):
     """However few phases there are, and whenever the first is."""

@@ -218,6 +218,7 @@ def test_region_grid_has_the_cells_with_a_pixel_of_the_image(drawn):
     [
         ([(0, 8, 0, 8)] * 2, "1 slices.*2 boxes"),
         ([(0, 8, 0, 6)], "4 pixels do not tile.*slice 0"),
+        ([(0, 6, 0, 8)], "4 pixels do not tile.*slice 0"),
         ([(8, 16, 0, 8)], "no pixel"),
         ([(0, 8, 8, 16)], "no pixel"),
     ],
