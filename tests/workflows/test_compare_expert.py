@@ -47,6 +47,8 @@ def test_table_of_the_edited_cases(study):
     assert not outcome.failures and "4 of 6 cases" in outcome.text
     with open(root / "out" / "table4.csv", newline="") as stream:
         rows = {(r["metric"], r["scenario"], r["phase"], r["structure"]): r for r in csv.DictReader(stream)}
+    assert {phase for _, _, phase, _ in rows} == {"ED", "ES"}
+    assert {row["n_excluded"] for row in rows.values()} == {"0"}
     for phase, own in (("ED", [c for c in EDITED if c.endswith("01")]), ("ES", ["patient001_frame05"])):
         for label, name in ((1, "RV"), (2, "LVM"), (3, "LV")):
             scores = {

@@ -1,6 +1,7 @@
 """Cases side by side: what runs in which thread, in which order, and what an error or an interruption leaves."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
@@ -82,14 +83,27 @@ def test_an_error_is_its_cases_own(predictor):
     assert predictor.compute == "its own"
 
 
-def test_an_interrupted_network_ends_the_cases_under_way(predictor):
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupted_network_ends_the_cases_under_way(predictor, late):
+    """The case that waits for a network already, and one that asks for it later."""
     ended, both = [], threading.Barrier(2)
 
+    def until(what):
+        for _ in range(1000):
+            if what():
+                return
+            time.sleep(0.01)
+        raise TimeoutError
+
     def interrupt():
+        if not late:
+            until(lambda: not overlap.requests.empty())
         raise KeyboardInterrupt
 
     def work(case):
         both.wait(10)
+        if late and case == 1:
+            until(lambda: overlap.closed)
         try:
             predictor.compute(interrupt)
         except BaseException as error:
