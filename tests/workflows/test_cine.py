@@ -89,6 +89,12 @@ def test_indices_of_a_cine(tmp_path):
     assert row["case"] == "heart" and float(row["lv_ef_percent"]) == 50
 
 
+@pytest.mark.parametrize(("lv", "found"), [([120, 60], (None, None)), ([90, 120, 60], (1, 2))])
+def test_ed_and_es_take_three_phases(tmp_path, lv, found):
+    (record,) = written(cine(tmp_path, lv), tmp_path)
+    assert (record["ed_phase"], record["es_phase"]) == found
+
+
 def test_given_phases_are_respected(tmp_path):
     (record,) = written(cine(tmp_path), tmp_path, given=(7, None))
     assert (record["ed_phase"], record["es_phase"]) == (7, 3)
