@@ -160,6 +160,16 @@ def test_hausdorff_to_the_inner_surface_of_a_ring():
     np.testing.assert_allclose(volume.hausdorff(np.arange(12), [0])[0], expected, rtol=1e-6)
 
 
+def test_regions_of_slices_without_a_heart_change_nothing():
+    """Below and above it, where no voxel can be wrong."""
+    prediction, reference = np.zeros((2, 16, 16, 4), np.uint8)
+    reference[2:14, 2:14, 1:3], prediction[3:14, 2:12, 1:3] = 3, 3
+    volume = ReviewedVolume(prediction, reference, SPACING, region_grid([(0, 16, 0, 16)] * 4, reference.shape, 8))
+    empty, heart = [0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]
+    before, after, corrected = volume.hausdorff(np.array(empty + heart), [0, 8, 16])[:, 2]
+    assert before == after > corrected == 0
+
+
 def copy_with_emap(root, target):
     shutil.copytree(root / "run", target)
     for record in target.rglob("qc.json"):
