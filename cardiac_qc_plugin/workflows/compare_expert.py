@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cardiac_qc_plugin.data.predictions import CORRECTION_FILE, SEGMENTATION_FILE
+from cardiac_qc_plugin.metrics.clinical import structure_volumes
 from cardiac_qc_plugin.metrics.segmentation import StructureScore, dice_and_hausdorff
 from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.reports.expert import expert_text
@@ -22,6 +23,7 @@ from cardiac_qc_plugin.workflows.references import (
     patient_and_phase,
     read_labels,
     read_reference,
+    told_by_volumes,
     write_summary,
 )
 
@@ -80,6 +82,9 @@ def compare_expert(
             f"{expert}: masks of none of the {len(found) + len(failures)} cases of {predictions} could be measured.\n"
             f"{listed}".rstrip()
         )
+    volumes = {case: (own["phase"], own["reference_lv_ml"]) for case, own in cases.items()}
+    for case, phase in told_by_volumes(volumes, failures).items():
+        cases[case]["phase"] = phase
     rows = table_rows(list(cases.values()))
     settings = {"predictions": str(predictions), "expert": str(expert), "reference": str(reference)}
     summary = {
@@ -117,6 +122,7 @@ def measure_case(case: str, folder: Path, mask: Path, reference: Path, on_outsid
         "patient": patient,
         "phase": phase,
         "scores": {name: dice_and_hausdorff(own, labels, segmentation.spacing) for name, own in versions.items()},
+        "reference_lv_ml": structure_volumes(labels, segmentation.spacing)["LV"],
         "dropped": notes["edits"]["n_outside"],
         **{f"{name}_changed": int((versions[name] != segmentation.data).sum()) for name in CORRECTED},
     }

@@ -10,7 +10,6 @@ import numpy as np
 from monai.utils import ensure_tuple
 from sklearn.metrics import auc
 
-from cardiac_qc_plugin.data.inputs import PHASE
 from cardiac_qc_plugin.data.predictions import MAP_FILES
 from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, agreement, indices_of_volumes
 from cardiac_qc_plugin.metrics.detection import (
@@ -41,7 +40,7 @@ from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
 from cardiac_qc_plugin.workflows.files import check_output, write_file, write_rows
 from cardiac_qc_plugin.workflows.measure import CRITERIA, STRUCTURES, Measurement, measure_case
-from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, write_summary
+from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, told_by_volumes, write_summary
 
 __all__ = ["evaluate"]
 
@@ -123,25 +122,14 @@ def _measure(roots: Sequence[str | Path], measure: partial) -> tuple[dict[str, M
         own, problems = each_case(Path(root), measure, f"evaluate {Path(root).name}")
         if twice := (own | problems).keys() & (cases | failures).keys():
             raise ValueError(f"{root}: the case {min(twice)} is in another of the folders {_listed(roots)} as well.")
-        cases, failures = cases | told_by_labels(own, problems), failures | problems
+        volumes = {name: (case.phase, case.reference_volume_ml["LV"]) for name, case in own.items()}
+        told = told_by_volumes(volumes, problems)
+        own = {name: replace(case, phase=told.get(name, case.phase)) for name, case in own.items()}
+        cases, failures = cases | own, failures | problems
     if not cases:
         listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
         raise ValueError(f"{_listed(roots)}: none of its {len(failures)} case(s) could be measured:\n{listed}")
     return cases, failures
-
-
-def told_by_labels(cases: Cases, failures: Mapping[str, str]) -> dict[str, Measurement]:
-    """Cases with end-diastole and end-systole of cines that nothing else tells: the two phases with labels."""
-    cines: dict[str, list[str]] = {}
-    for name in (*cases, *failures):
-        if match := PHASE.fullmatch(name):
-            cines.setdefault(match[1], []).append(name)
-    told = dict(cases)
-    for names in cines.values():
-        if len(names) == 2 and all(name in cases and cases[name].phase == "unknown" for name in names):
-            ed, es = sorted(names, key=lambda name: -cases[name].reference_volume_ml["LV"])
-            told |= {ed: replace(cases[ed], phase="ED"), es: replace(cases[es], phase="ES")}
-    return told
 
 
 def _listed(roots: Sequence[str | Path]) -> str:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ __all__ = [
     "patient_and_phase",
     "read_labels",
     "read_reference",
+    "told_by_volumes",
     "write_summary",
 ]
 
@@ -270,3 +271,25 @@ def patient_and_phase(case: str, reference: Path) -> tuple[str, str]:
     frames = read_info(info)
     phases = {int(frames[phase]): phase for phase in ("ED", "ES")}
     return patient, phases.get(int(match[2]), "unknown")
+
+
+def told_by_volumes(cases: Mapping[str, tuple[str, float]], others: Iterable[str] = ()) -> dict[str, str]:
+    """End-diastole and end-systole of cines that nothing else tells: the two phases with labels.
+
+    Args:
+        cases: phase (`patient_and_phase`) and the reference's left ventricular volume of each measured case.
+        others: cases with labels that could not be measured; where a cine has one, nothing is told of it.
+
+    Returns:
+        "ED" and "ES" of the cases that were "unknown" and are told, the larger volume being end-diastole's.
+    """
+    cines: dict[str, list[str]] = {}
+    for name in (*cases, *others):
+        if match := PHASE.fullmatch(name):
+            cines.setdefault(match[1], []).append(name)
+    told = {}
+    for names in cines.values():
+        if len(names) == 2 and all(name in cases and cases[name][0] == "unknown" for name in names):
+            ed, es = sorted(names, key=lambda name: -cases[name][1])
+            told |= {ed: "ED", es: "ES"}
+    return told

@@ -75,6 +75,27 @@ def test_table_of_the_edited_cases(study):
     assert summary["n_voxels_changed"]["expert"] == changed > 0
 
 
+def test_two_labelled_phases_of_a_cine_are_end_diastole_and_end_systole(study):
+    """As `evaluate` has it: of a DICOM cine, say, where nothing but the labels tells."""
+    root, _ = study
+    for frame, phase in (("frame01", 9), ("frame05", 6)):
+        name = f"phase{phase:02d}"
+        shutil.copytree(root / "run" / f"patient001_{frame}", root / "cines" / "study" / name)
+        for folder, file in (("masks", f"patient001_{frame}.nii.gz"), ("acdc", f"patient001_{frame}_gt.nii.gz")):
+            target = root / f"{folder}_of_cines" / "study" / f"{name}{'_gt' * (folder == 'acdc')}.nii.gz"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(next((root / folder).rglob(file)), target)
+    outcome = compare_expert(root / "cines", root / "masks_of_cines", root / "acdc_of_cines", root / "out")
+    assert not outcome.failures
+    with open(root / "out" / "cases.csv", newline="") as stream:
+        found = {row["case"]: row for row in csv.DictReader(stream)}
+    assert {case: row["phase"] for case, row in found.items()} == {"study/phase09": "ED", "study/phase06": "ES"}
+    with open(root / "out" / "table4.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["phase"] for row in rows} == {"ED", "ES"} and {row["n"] for row in rows} == {"1"}
+    assert all(row["paper_mean"] for row in rows if row["metric"] != "hausdorff_penalized")
+
+
 def test_output_of_correct_gives_the_same(study):
     root, _ = study
     correct(root / "run", root / "corrected", edited=root / "masks")
