@@ -252,7 +252,7 @@ def test_bundle_that_runs_another_one_has_its_modules():
     assert set(vendor({"a": without}, siblings)[0]) == {"__init__.py", "losses.py"}
 
 
-@pytest.mark.parametrize(("detector", "channels"), [("dn_emap", 3), ("unet_emap", 2)])
+@pytest.mark.parametrize(("detector", "channels"), [("dn_emap", 3), ("drn_emap", 2)])
 def test_other_weights_can_be_loaded(detector, channels, tmp_path):
     """As ``monai.bundle.load`` does, whose network is the one of the training config."""
     weights = BUNDLES / FAILURE / "models" / f"{detector}.pt"
