@@ -1,5 +1,6 @@
 """Automatic segmentations, their simulated correction and an expert's, side by side (paper, V-C and Table IV)."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -64,12 +65,16 @@ def compare_expert(
     check_output(output, "compare_expert", predictions, expert, reference)
 
     missing: list[MissingLabels] = []
+    labelled: list[str] = []  # cases that were not edited, but have a reference
 
     def measure(case: str, folder: Path) -> dict[str, Any] | None:
         try:
             mask = masks.find(case, folder)
         except MissingLabels as error:
             missing.append(error)
+            with suppress(ValueError):
+                references.find(case, folder)
+                labelled.append(case)
             return None
         return measure_case(case, folder, mask, references.find(case, folder), on_outside)
 
@@ -83,7 +88,7 @@ def compare_expert(
             f"{listed}".rstrip()
         )
     volumes = {case: (own["phase"], own["reference_lv_ml"]) for case, own in cases.items()}
-    for case, phase in told_by_volumes(volumes, failures).items():
+    for case, phase in told_by_volumes(volumes, [*failures, *labelled]).items():
         cases[case]["phase"] = phase
     rows = table_rows(list(cases.values()))
     settings = {"predictions": str(predictions), "expert": str(expert), "reference": str(reference)}

@@ -278,7 +278,7 @@ def told_by_volumes(cases: Mapping[str, tuple[str, float]], others: Iterable[str
 
     Args:
         cases: phase (`patient_and_phase`) and the reference's left ventricular volume of each measured case.
-        others: cases with labels that could not be measured; where a cine has one, nothing is told of it.
+        others: cases with labels that were not measured; where a cine has one, nothing is told of it.
 
     Returns:
         "ED" and "ES" of the cases that were "unknown" and are told, the larger volume being end-diastole's.

@@ -94,6 +94,13 @@ def test_two_labelled_phases_of_a_cine_are_end_diastole_and_end_systole(study):
         rows = list(csv.DictReader(stream))
     assert {row["phase"] for row in rows} == {"ED", "ES"} and {row["n"] for row in rows} == {"1"}
     assert all(row["paper_mean"] for row in rows if row["metric"] != "hausdorff_penalized")
+    # a third phase with labels, edited or not: which of them are the two?
+    shutil.copytree(root / "cines" / "study" / "phase06", root / "cines" / "study" / "phase11")
+    labels = root / "acdc_of_cines" / "study"
+    shutil.copy(labels / "phase06_gt.nii.gz", labels / "phase11_gt.nii.gz")
+    compare_expert(root / "cines", root / "masks_of_cines", root / "acdc_of_cines", root / "out")
+    with open(root / "out" / "cases.csv", newline="") as stream:
+        assert {row["case"]: row["phase"] for row in csv.DictReader(stream)} == dict.fromkeys(found, "unknown")
 
 
 def test_output_of_correct_gives_the_same(study):
