@@ -681,15 +681,14 @@ def _check_options(commands: dict, arguments: list[str]) -> None:
     if command not in commands:
         return
     names = inspect.signature(commands[command]).parameters
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values()):  # settings of the bundles
-        return
+    open_ended = any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values())  # settings of the bundles
     for argument, following in zip(arguments[1:], [*arguments[2:], "--"], strict=True):
         if argument == "--":  # what follows is for Fire itself
             return
         option = re.match(r"--?([a-zA-Z][\w-]*)", argument)
         name = option[1].replace("-", "_") if option else "help"
         letter = len(name) == 1 and any(other.startswith(name) for other in names)
-        if name not in (*names, "help", "h") and name.removeprefix("no") not in names and not letter:
+        if not open_ended and name not in (*names, "help", "h") and name.removeprefix("no") not in names and not letter:
             close = difflib.get_close_matches(name, names, n=1)
             meant = f"did you mean --{close[0]}?" if close else f"see {command} --help."
             raise ValueError(f"{command} has no option --{name}: {meant}")
@@ -698,9 +697,14 @@ def _check_options(commands: dict, arguments: list[str]) -> None:
             raise ValueError(f"--{name} has no value. See {command} --help.")
 
 
-def _parser(name: str, annotation: object):
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+def _parser(option: inspect.Parameter):
     """What Fire reads an option's text with: a text is a text, also 2024 or 0.2, and a number is a number."""
-    kinds = {str: (str, ""), int: (int, "a whole number"), float: (float, "a number")}
+    name, annotation = option.name, option.annotation
+    kinds = {str: (str, ""), int: (int, "a whole number"), float: (float, "a number"), bool: (_truth, "true or false")}
     kind = next((kind for kind in kinds if annotation in (kind, kind | None)), None)
     if kind is None:
         return None
@@ -709,9 +713,11 @@ def _parser(name: str, annotation: object):
     def parse(text: str):
         if text == "None" and annotation != kind:
             return None
+        if not text and option.default != "":  # as a path it would be the current folder
+            raise ValueError(f"--{name} is empty. A variable of the shell that is not set?")
         try:
             return convert(text)
-        except ValueError:
+        except (ValueError, KeyError):
             raise ValueError(f"--{name} is {expected}, got '{text}'.") from None
 
     return parse
@@ -729,7 +735,7 @@ def main() -> None:
     commands = {command.__name__: command for command in listed}
     fire.decorators.FIRE_METADATA = "_parsers"  # a name that no help lists
     for command in commands.values():
-        parsers = {p.name: _parser(p.name, p.annotation) for p in inspect.signature(command).parameters.values()}
+        parsers = {p.name: _parser(p) for p in inspect.signature(command).parameters.values()}
         fire.decorators.SetParseFns(**{name: parse for name, parse in parsers.items() if parse})(command)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
     try:

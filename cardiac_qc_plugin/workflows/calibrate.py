@@ -131,8 +131,9 @@ class Calibration:
         except InfeasibleRisk as error:
             raise ValueError(
                 f"A catch of {target:g} cannot be promised from {error.n} patient(s) ({self.source}): at most "
-                f"{np.floor(1e4 * (1 - error.smallest)) / 1e4:g} can, with every region flagged. Ask for less, or "
-                f"calibrate on more patients: {target:g} takes {int(np.ceil(1 / (1 - target) - 1 - 1e-9))} or more."
+                f"{np.floor(1e4 * (1 - error.smallest)) / 1e4:g} can, with every region flagged (failures outside the "
+                f"detector's crop are in none). Ask for less, or calibrate on more patients: {target:g} takes at least "
+                f"{int(np.ceil(1 / (1 - target) - 1 - 1e-9))}."
             ) from error
         return self._promise("catch", target, None, self.threshold.size - 1 - index)
 
@@ -149,8 +150,8 @@ class Calibration:
         except InfeasibleRisk as error:
             raise ValueError(
                 f"{regions:g} regions per patient cannot be promised for {WITHIN_BUDGET:.0%} of the patients from "
-                f"{error.n} calibration patient(s) ({self.source}): for {1 - error.smallest:.1%} at most. It takes "
-                f"{round(1 / (1 - WITHIN_BUDGET)) - 1} patients or more."
+                f"{error.n} calibration patient(s) ({self.source}): for {1 - error.smallest:.1%} at most. It takes at "
+                f"least {round(1 / (1 - WITHIN_BUDGET)) - 1} patients, and few with more regions of probability 1."
             ) from error
         return self._promise("regions_per_patient", regions, WITHIN_BUDGET, index)
 
