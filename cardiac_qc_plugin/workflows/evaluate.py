@@ -1,6 +1,6 @@
 """Evaluation of predictions against reference labels: tables, curves and figures (paper, section VI)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, astuple, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 from monai.utils import ensure_tuple
 from sklearn.metrics import auc
 
-from cardiac_qc_plugin.data.predictions import MAP_FILES
+from cardiac_qc_plugin.data.predictions import CORRECTION_FILE, MAP_FILES, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.clinical import ClinicalIndices, agreement, indices_of_volumes
 from cardiac_qc_plugin.metrics.detection import (
     THRESHOLDS,
@@ -38,7 +38,7 @@ from cardiac_qc_plugin.metrics.statistics import (
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
 from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
-from cardiac_qc_plugin.workflows.files import check_output, write_file, write_rows
+from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_file, write_rows
 from cardiac_qc_plugin.workflows.measure import CRITERIA, STRUCTURES, Measurement, measure_case
 from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, told_by_volumes, write_summary
 
@@ -101,6 +101,9 @@ def evaluate(
     }
     if others:
         after, problems = _measure(others, measure)
+        stale = _corrected_from_another(folders, others, cases.keys() & after.keys())
+        after = {case: one for case, one in after.items() if case not in stale}
+        problems |= stale
         unpaired = (cases.keys() ^ after.keys()) - failures.keys() - problems.keys()
         problems |= dict.fromkeys(sorted(unpaired), "in one of the two folders only, so not compared.")
         failures |= {f"{case} (compare)": problem for case, problem in problems.items()}
@@ -130,6 +133,24 @@ def _measure(roots: Sequence[str | Path], measure: partial) -> tuple[dict[str, M
         listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
         raise ValueError(f"{_listed(roots)}: none of its {len(failures)} case(s) could be measured:\n{listed}")
     return cases, failures
+
+
+def _corrected_from_another(
+    before: Sequence[str | Path], after: Sequence[str | Path], cases: Set[str]
+) -> dict[str, str]:
+    """Why cases are not compared whose correction began from another segmentation than that of `before`."""
+    problems = {}
+    for case in sorted(cases):
+        first, second = (next(f for root in roots if (f := Path(root) / case).is_dir()) for roots in (before, after))
+        record = second / CORRECTION_FILE
+        if not record.is_file() or (first / CORRECTION_FILE).is_file():  # two runs, or two corrections
+            continue
+        used = read_json(record).get("sources", {}).get("segmentation", {}).get("sha256")
+        if used not in (None, file_sha256(first / SEGMENTATION_FILE)):
+            problems[case] = (
+                f"{record}: made from another segmentation than {first}'s, so not compared. Correct it again."
+            )
+    return problems
 
 
 def _listed(roots: Sequence[str | Path]) -> str:

@@ -513,6 +513,19 @@ def test_a_case_in_one_folder_only_is_not_compared(run):
     assert summary(root)["comparison"]["n_cases"] == 1
 
 
+def test_a_correction_of_another_segmentation_is_not_compared(run):
+    root, cases = run
+    correct(root / "run", root / "corrected", reference=root / "acdc")
+    _, reference = cases[CASE]
+    write_case(root / "run" / CASE, np.roll(reference, 3, axis=0), reference, 9)
+    outcome = evaluate(root / "run", root / "acdc", root / "out", compare=root / "corrected")
+    record = root / "corrected" / CASE / "correction.json"
+    assert outcome.failures[f"{CASE} (compare)"].startswith(f"{record}: made from another segmentation than ")
+    assert summary(root)["comparison"]["n_cases"] == 1
+    other = evaluate(root / "run", root / "acdc", root / "out", compare=root / "run")
+    assert not other.failures
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
