@@ -186,9 +186,10 @@ def folder_rows(folder: Path, failures: dict[str, str]) -> Iterator[dict[str, An
             row = case_row(qc)
             path = folder / (row["heart"] or "") / "cine.json"
             cine = read_json(path) if path.is_file() else None
-            if cine and any(other in broken or not (folder / other / "qc.json").is_file() for other in cine["cases"]):
+            others = [] if cine is None else cine["cases"]
+            if any(other in broken or not (folder / other / "qc.json").is_file() for other in others):
                 cine = None  # of an earlier run, whose other phase is no longer there
-            yield with_heart(row, cine and table_row(cine))
+            yield with_heart(row, None if cine is None else table_row(cine))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             other = f"{path}: not as 'run' writes it ({error!r}). Remove it, and run the case again."
             failures[case] = str(error) if str(path) in str(error) else other

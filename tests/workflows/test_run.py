@@ -202,6 +202,20 @@ def test_a_damaged_record_keeps_no_other_case_out_of_the_table(predictors, tmp_p
         assert f"  {case}: {found['message'][case]}" in done.stdout.splitlines()
 
 
+def test_the_table_has_no_index_of_a_phase_that_failed_since(predictors, tmp_path):
+    """Run again with a damaged end-systole, whose heart's indices of the first run still lie there."""
+    write_acdc_like(tmp_path / "in", 1, shape=(48, 56), n_slices=2)
+    output = tmp_path / "out"
+    run(find_scans(tmp_path / "in"), output, *predictors)
+    assert all(row["lv_edv_ml"] is not None for row in folder_rows(output, {}))
+    next((tmp_path / "in").rglob("patient001_frame11.nii.gz")).write_bytes(b"no image")
+    with pytest.raises(CaseFailures, match="patient001_frame11"):
+        run(find_scans(tmp_path / "in"), output, *predictors)
+    rows = {row["case"]: row for row in folder_rows(output, {})}
+    assert rows["patient001_frame11"]["status"] == "failed"
+    assert rows["patient001_frame01"]["status"] == "done" and rows["patient001_frame01"].get("lv_edv_ml") is None
+
+
 def test_a_worklist_that_a_spreadsheet_saved_is_named(tmp_path):
     (tmp_path / "worklist.csv").write_text("rank;case;status;message\n1;heart;failed;no heart\n")
     with pytest.raises(ValueError, match="worklist.csv: no columns case, status and message"):
