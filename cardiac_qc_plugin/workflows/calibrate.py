@@ -151,7 +151,7 @@ class Calibration:
             raise ValueError(
                 f"{regions:g} regions per patient cannot be promised for {WITHIN_BUDGET:.0%} of the patients from "
                 f"{error.n} calibration patient(s) ({self.source}): for {1 - error.smallest:.1%} at most. It takes at "
-                f"least {round(1 / (1 - WITHIN_BUDGET)) - 1} patients, and few with more regions of probability 1."
+                f"least {round(1 / (1 - WITHIN_BUDGET)) - 1} patients, of whom few have more regions of probability 1."
             ) from error
         return self._promise("regions_per_patient", regions, WITHIN_BUDGET, index)
 

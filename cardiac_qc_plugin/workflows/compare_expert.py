@@ -12,9 +12,9 @@ from cardiac_qc_plugin.metrics.statistics import mean_sd
 from cardiac_qc_plugin.reports.expert import expert_text
 from cardiac_qc_plugin.reports.paper_tables import paper
 from cardiac_qc_plugin.transforms.correction import check_on_outside, simulate_correction
-from cardiac_qc_plugin.workflows.correct import accept_edits, read_flagged
+from cardiac_qc_plugin.workflows.correct import accept_edits, check_corrected_from, read_flagged
 from cardiac_qc_plugin.workflows.evaluate import PHASES, compare_paired
-from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_rows
+from cardiac_qc_plugin.workflows.files import check_output, read_json, write_rows
 from cardiac_qc_plugin.workflows.measure import STRUCTURES
 from cardiac_qc_plugin.workflows.references import (
     MissingLabels,
@@ -140,9 +140,7 @@ def check_record(path: Path, segmentation: Path) -> None:
     record = read_json(path)
     if record.get("kind", "expert") != "expert":
         raise ValueError(f"{path}: a {record['kind']} correction. Give the folder of the expert's masks.")
-    used = record.get("sources", {}).get("segmentation", {}).get("sha256")
-    if used is not None and used != file_sha256(segmentation):
-        raise ValueError(f"{path}: made from another segmentation than {segmentation}. Give the run that was edited.")
+    check_corrected_from(path, segmentation)
 
 
 def table_rows(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from cardiac_qc_plugin.workflows.references import (
     read_reference,
 )
 
-__all__ = ["accept_edits", "correct", "write_correction"]
+__all__ = ["accept_edits", "check_corrected_from", "correct", "write_correction"]
 
 JOURNAL = "review.jsonl"  # of a review, begun or finished
 Method = Callable[[str, Path, Volume], tuple[np.ndarray, dict[str, Any], dict[str, Path]]]
@@ -230,3 +230,16 @@ def _summary(records: list[dict[str, Any]], failures: dict[str, str], output: Pa
         lines.append(f"Edited voxels outside the flagged regions, dropped: {dropped}.")
     lines += [f"FAILED {case}: {message}" for case, message in failures.items()]
     return "\n".join(lines) + "\n"
+
+
+def check_corrected_from(path: Path, segmentation: Path) -> None:
+    """Refuse a correction whose record, the ``correction.json`` at `path`, is of another segmentation.
+
+    Raises:
+        ValueError: if it is; the message names both files.
+    """
+    used = read_json(path).get("sources", {}).get("segmentation", {}).get("sha256")
+    if used is not None and used != file_sha256(segmentation):
+        raise ValueError(
+            f"{path}: made from another segmentation than {segmentation}. Give the run that was corrected."
+        )

@@ -38,7 +38,8 @@ from cardiac_qc_plugin.metrics.statistics import (
 from cardiac_qc_plugin.reports.evaluation import draw_coverage, draw_regions, draw_slices, summary_text
 from cardiac_qc_plugin.transforms.failure_labels import check_apex
 from cardiac_qc_plugin.workflows.cine import index_intervals, named_indices
-from cardiac_qc_plugin.workflows.files import check_output, file_sha256, read_json, write_file, write_rows
+from cardiac_qc_plugin.workflows.correct import check_corrected_from
+from cardiac_qc_plugin.workflows.files import check_output, write_file, write_rows
 from cardiac_qc_plugin.workflows.measure import CRITERIA, STRUCTURES, Measurement, measure_case
 from cardiac_qc_plugin.workflows.references import Outcome, References, each_case, told_by_volumes, write_summary
 
@@ -138,18 +139,17 @@ def _measure(roots: Sequence[str | Path], measure: partial) -> tuple[dict[str, M
 def _corrected_from_another(
     before: Sequence[str | Path], after: Sequence[str | Path], cases: Set[str]
 ) -> dict[str, str]:
-    """Why cases are not compared whose correction began from another segmentation than that of `before`."""
+    """Why cases are not compared: their correction was made from another segmentation than that of `before`."""
     problems = {}
     for case in sorted(cases):
         first, second = (next(f for root in roots if (f := Path(root) / case).is_dir()) for roots in (before, after))
         record = second / CORRECTION_FILE
         if not record.is_file() or (first / CORRECTION_FILE).is_file():  # two runs, or two corrections
             continue
-        used = read_json(record).get("sources", {}).get("segmentation", {}).get("sha256")
-        if used not in (None, file_sha256(first / SEGMENTATION_FILE)):
-            problems[case] = (
-                f"{record}: made from another segmentation than {first}'s, so not compared. Correct it again."
-            )
+        try:
+            check_corrected_from(record, first / SEGMENTATION_FILE)
+        except ValueError as error:
+            problems[case] = str(error)
     return problems
 
 
