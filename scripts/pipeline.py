@@ -681,19 +681,22 @@ def _check_options(commands: dict, arguments: list[str]) -> None:
     if command not in commands:
         return
     names = inspect.signature(commands[command]).parameters
+    flags = [name for name, parameter in names.items() if parameter.annotation is bool]
     open_ended = any(parameter.kind == parameter.VAR_KEYWORD for parameter in names.values())  # settings of the bundles
     for argument, following in zip(arguments[1:], [*arguments[2:], "--"], strict=True):
         if argument == "--":  # what follows is for Fire itself
             return
         option = re.match(r"--?([a-zA-Z][\w-]*)", argument)
         name = option[1].replace("-", "_") if option else "help"
-        letter = len(name) == 1 and any(other.startswith(name) for other in names)
-        if not open_ended and name not in (*names, "help", "h") and name.removeprefix("no") not in names and not letter:
+        short_for = [other for other in names if len(name) == 1 and other.startswith(name)]
+        name = short_for[0] if len(short_for) == 1 else name  # of several Fire says that they are
+        known = short_for or name in (*names, "help", "h") or name in (f"no{flag}" for flag in flags)
+        if not open_ended and not known:
             close = difflib.get_close_matches(name, names, n=1)
             meant = f"did you mean --{close[0]}?" if close else f"see {command} --help."
             raise ValueError(f"{command} has no option --{name}: {meant}")
         alone = "=" not in argument and re.match(r"--|-[a-zA-Z](=|$)", following)
-        if alone and name in names and names[name].annotation is not bool:
+        if alone and name in names and name not in flags:
             raise ValueError(f"--{name} has no value. See {command} --help.")
 
 

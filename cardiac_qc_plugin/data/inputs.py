@@ -77,7 +77,7 @@ class InputFile:
 
 def heart_of(case: str) -> str:
     """Name of a case without the phase."""
-    return re.sub(r"_(ed|es|frame\d+)$", "", case, flags=re.IGNORECASE)
+    return re.sub(r"(_(ed|es|frame\d+)|/phase\d+)$", "", case, flags=re.IGNORECASE)
 
 
 def two_homes(heart: str, first: Path, second: Path) -> ValueError:

@@ -242,11 +242,14 @@ def serve(
         browser: open the page in the default browser.
 
     Raises:
-        ValueError: see `Seat`; the reviewer's name is not UTF-8; or another server reviews into this folder.
+        ValueError: see `Seat`; the reviewer's name is not UTF-8; there is no such port; or another server reviews into
+            this folder.
         OSError: the port is taken, or the output cannot be written.
     """
     if reviewer.strip():
         reviewer_name(reviewer)
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port is a number from 0 to 65535, got {port}.")
     predictions = Path(predictions)
     output = Path(output) if output else predictions.resolve().with_name(predictions.resolve().name + "_reviewed")
     seat = Seat(predictions, output)

@@ -116,7 +116,9 @@ def _write_phase(
         raise ValueError(f"{count} source images are not in the DICOM folder, or cannot be read.")
     once = [z for z, place in enumerate(places) if place not in places[:z]]
     frames = [(read(sources[uid]), index) for uid, index in (places[z] for z in once)]
-    images = [image if image.SOPClassUID == MRImageStorage else _single_frame(image, i) for image, i in frames]
+    images = [
+        copy.deepcopy(image) if image.SOPClassUID == MRImageStorage else _single_frame(image, i) for image, i in frames
+    ]
     for image in images:
         _complete(image, images[0])
     stand_for = {str(image.SOPInstanceUID): frame for image, frame in zip(images, frames, strict=True)}
@@ -130,8 +132,7 @@ def _write_phase(
         if labels.any():
             masks = np.stack([labels == n for n in CLASS_NAMES] if len(segments) > 1 else [labels > 0], axis=-1)
             segmentation = _segmentation(images, masks.astype(np.uint8), segments)
-            if frames[0][0].SOPClassUID != MRImageStorage:
-                _refer_to_frames(segmentation, stand_for)
+            _refer_to_sources(segmentation, stand_for)
             write_file(path, segmentation.save_as)
             written += 1
     return written
@@ -151,24 +152,31 @@ def _single_frame(image: Dataset, index: int) -> Dataset:
     return frame
 
 
-def _refer_to_frames(segmentation: Dataset, stand_for: dict[str, tuple[Dataset, int]]) -> None:
-    """Let a Segmentation refer to the frames (a file's header, number from 0) that its images stood for."""
-
-    def refer(item: Dataset) -> int:
-        image, index = stand_for[item.ReferencedSOPInstanceUID]
-        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
-        return index
-
+def _refer_to_sources(segmentation: Dataset, stand_for: dict[str, tuple[Dataset, int]]) -> None:
+    """Let a Segmentation refer to the frames (a file's header, number from 0) that its images stood for, by series."""
     for frame in segmentation.PerFrameFunctionalGroupsSequence:
         derivations = copy.deepcopy(frame.DerivationImageSequence)  # highdicom has one item in several frames
         for item in (source for derivation in derivations for source in derivation.SourceImageSequence):
-            item.ReferencedFrameNumber = refer(item) + 1
+            image, index = stand_for[item.ReferencedSOPInstanceUID]
+            if image.SOPClassUID != MRImageStorage:
+                item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+                item.ReferencedFrameNumber = index + 1
         frame.DerivationImageSequence = derivations
-    for series in segmentation.ReferencedSeriesSequence:
-        items = copy.deepcopy(series.ReferencedInstanceSequence)
-        for item in items:
-            refer(item)
-        series.ReferencedInstanceSequence = list({item.ReferencedSOPInstanceUID: item for item in items}.values())
+    (listed,) = segmentation.ReferencedSeriesSequence
+    series: dict[str, dict[str, Dataset]] = {}
+    for item in listed.ReferencedInstanceSequence:
+        image, _ = stand_for[item.ReferencedSOPInstanceUID]
+        reference = Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+        own = series.setdefault(image.get("SeriesInstanceUID") or listed.SeriesInstanceUID, {})
+        own[image.SOPInstanceUID] = reference
+    segmentation.ReferencedSeriesSequence = [_referenced_series(uid, list(own.values())) for uid, own in series.items()]
+
+
+def _referenced_series(uid: str, instances: Sequence[Dataset]) -> Dataset:
+    item = Dataset()
+    item.SeriesInstanceUID, item.ReferencedInstanceSequence = uid, instances
+    return item
 
 
 def _complete(image: Dataset, first: Dataset) -> None:
@@ -176,7 +184,8 @@ def _complete(image: Dataset, first: Dataset) -> None:
     for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         if not first.get(name):
             raise ValueError(f"its source images have no {name}, to which a DICOM Segmentation has to refer.")
-    image.FrameOfReferenceUID = first.FrameOfReferenceUID  # one per file after some de-identifiers
+    # one per slice at some scanners, one per file after some de-identifiers: highdicom takes images of one only
+    image.SeriesInstanceUID, image.FrameOfReferenceUID = first.SeriesInstanceUID, first.FrameOfReferenceUID
     for name in PATIENT_AND_STUDY:
         if name not in image:
             setattr(image, name, "")

@@ -79,7 +79,7 @@ def effort(
         reference: folder of reference labels, see `References`.
         output: where to write.
         compare: output folders of ``run`` with other maps on the same cases; of these the detector and the uncertainty
-            only.
+            only. A case that fails in one folder is left out of all.
         seeds: random orders.
         criterion: which errors are failures, a preset of `FailureCriterion`.
         apex: end of the slice axis at which the apex lies.
@@ -98,17 +98,12 @@ def effort(
     check_apex(apex)
     references, output = References(reference), Path(output)
     check_output(output, "effort", predictions, *compare, reference)
-    rows, sets, failures, first = [], [], {}, set()
-    for number, folder in enumerate([predictions, *compare]):
-        measured, problems = _read(Path(folder), references, criterion, apex)
-        failures |= {f"{folder}: {case}": problem for case, problem in problems.items()}
-        cases, names = list(measured.values()), measured.keys() | problems.keys()
-        first = first or names
-        if unpaired := sorted(names ^ first):
-            raise ValueError(
-                f"{predictions} and {folder} have different cases: {len(unpaired)} are in one of them only, "
-                f"{unpaired[0]} say. Curves are drawn beside each other for the same cases: run both on these."
-            )
+    folders = [predictions, *compare]
+    read = [_read(Path(folder), references, criterion, apex) for folder in folders]
+    in_all, failures = _paired(folders, read)
+    rows, sets = [], []
+    for number, (folder, (measured, _)) in enumerate(zip(folders, read, strict=True)):
+        cases = [measured[name] for name in in_all]
         map = cases[0].map
         if same := [other["predictions"] for other in sets if other["map"] == map]:
             raise ValueError(f"{folder} has the {map}, as {same[0]} has. Give one folder for each map.")
@@ -138,7 +133,32 @@ def effort(
     return write_summary(output, summary, effort_text)
 
 
-def _read(folder: Path, references: References, criterion: str, apex: str) -> tuple[dict[str, Case], dict[str, str]]:
+Read = tuple[dict[str, Case], dict[str, str]]  # cases by name, and why others failed
+
+
+def _paired(folders: Sequence[str | Path], read: Sequence[Read]) -> tuple[list[str], dict[str, str]]:
+    """Names of the cases that were read from every folder, and what failed: curves side by side are of the same cases.
+
+    Raises:
+        ValueError: if a folder has other cases, or none was read from all.
+    """
+    names = [measured.keys() | problems.keys() for measured, problems in read]
+    for folder, own in zip(folders[1:], names[1:], strict=True):
+        if unpaired := sorted(own ^ names[0]):
+            raise ValueError(
+                f"{folders[0]} and {folder} have different cases: {len(unpaired)} are in one of them only, "
+                f"{unpaired[0]} say. Curves are drawn beside each other for the same cases: run both on these."
+            )
+    pairs = zip(folders, read, strict=True)
+    failures = {f"{folder}: {case}": text for folder, (_, own) in pairs for case, text in own.items()}
+    in_all = [name for name in read[0][0] if all(name in measured for measured, _ in read)]
+    if not in_all:
+        listed = "\n".join(f"- {case}: {message}" for case, message in failures.items())
+        raise ValueError(f"No case could be measured in every folder:\n{listed}")
+    return in_all, failures
+
+
+def _read(folder: Path, references: References, criterion: str, apex: str) -> Read:
     cases, failures = each_case(
         folder, lambda name, own: read_case(name, own, references, criterion, apex), f"read {folder.name}"
     )

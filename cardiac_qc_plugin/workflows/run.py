@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from cardiac_qc_plugin import __version__
 from cardiac_qc_plugin.bundle import BundlePredictor, load_detector, load_models, load_segmenter
-from cardiac_qc_plugin.data.inputs import PHASE, Scan
+from cardiac_qc_plugin.data.inputs import PHASE, Scan, heart_of
 from cardiac_qc_plugin.data.predictions import MAP_FILES, PROBABILITY_FILE, REGIONS_FILE, SEGMENTATION_FILE
 from cardiac_qc_plugin.metrics.clinical import slice_levels, structure_volumes
 from cardiac_qc_plugin.metrics.plausibility import plausibility
@@ -55,6 +56,7 @@ DETECT_FILES: MapFiles = {
     "regions": (REGIONS_FILE, np.uint16),
 }
 OF_ALL_CASES = ("worklist.csv", PAGE, TABLE)
+OF_HEART = ("cine.json", "volumes.csv")
 STAGES = {"segmentation": SEGMENT_FILES, "detection": DETECT_FILES}
 
 
@@ -173,7 +175,8 @@ class CaseRecord:
     The entries and files of a stage and those after it are removed before the stage starts; its entry comes back when
     its files are complete. So an interrupted stage never counts as done, and no later stage reads what is out of date.
 
-    What covers all cases goes too, with the detection of one: it describes what is there no more.
+    What covers all cases goes too, with the detection of one, and what covers the heart with any of its phases: it
+    describes what is there no more.
 
     Args:
         output: the run's output folder.
@@ -181,7 +184,7 @@ class CaseRecord:
     """
 
     def __init__(self, output: Path, case: str) -> None:
-        self.output, self.folder = output, output / case
+        self.output, self.folder, self.heart = output, output / case, heart_of(case)
         self.path = self.folder / "qc.json"
         self.qc: dict[str, Any] = {"stages": {}}
         if self.path.is_file():
@@ -213,6 +216,8 @@ class CaseRecord:
         if "detection" in self.qc["stages"]:
             for file in OF_ALL_CASES:
                 (self.output / file).unlink(missing_ok=True)
+        for file in OF_HEART:
+            (self.output / self.heart / file).unlink(missing_ok=True)
         for stage in later:
             self.qc["stages"].pop(stage, None)
             self.qc.pop(stage, None)
@@ -237,18 +242,26 @@ class CaseRecord:
         return self.qc
 
 
+def forget(output: Path, case: str) -> None:
+    """Remove what earlier runs made of an input that cannot be read any more, all its phases if it was a cine."""
+    phases = [f"{case}/{folder.name}" for folder in (output / case).glob("phase*")]
+    for name in (case, *phases):
+        with suppress(ValueError):  # a damaged qc.json, which later commands name
+            CaseRecord(output, name).invalidate("segmentation")
+
+
 def run_case(scan: Scan, output: Path, predictors: Predictors, accepted: Predictors | None = None) -> dict[str, Any]:
     """The stages for one scan; one whose result is there is skipped. Returns the content of ``qc.json``.
 
     With ``accepted``, a result of these other predictors that is there will do.
     """
-    record = CaseRecord(output, scan.case)
-    folder = record.folder
     try:
         volume = read_volume(scan.path, scan.frame)
     except ValueError:
-        record.invalidate("segmentation")  # results of an earlier, readable file
+        forget(output, scan.case)
         raise
+    record = CaseRecord(output, scan.case)
+    folder = record.folder
     image = scan.path if scan.frame is None else folder / "image.nii.gz"
     source = {
         "path": str(scan.path),
@@ -449,6 +462,8 @@ def run(
         if phase is not None and phases and phase not in phases:
             raise ValueError(f"No cine has a phase {phase}, but {min(phases)} to {max(phases)}. See --ed and --es.")
     output.mkdir(parents=True, exist_ok=True)
+    for case, _ in failures:
+        forget(output, case)
     cases, broken, records = process(scans, output, (segmenter, detector), preview, given)
     failures = sorted([*failures, *broken])  # by name, as a cohort's, whatever failed first
     write_rows(output / "indices.csv", [table_row(record) for record in records])

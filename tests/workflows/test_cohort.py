@@ -267,13 +267,16 @@ def test_a_given_phase_that_one_cine_lacks(world, tmp_path):
 
 
 def test_a_row_may_name_a_folder_of_dicom_files(world, tmp_path):
-    write(tmp_path / "in" / "study", cine())
+    file = write(tmp_path / "in" / "study", cine())[3]
     write_text(tmp_path / "in" / "empty" / "notes.txt", "")
     work = CohortWorker(str(tmp_path / "out"), loader(world), dicom={"name_by": "folder"})
     made = work(("study", tmp_path / "in" / "study"))
     assert not made["failures"]
     assert [row["case"] for row, _ in made["cases"]] == [f"study_series7/phase{t:02d}" for t in range(PHASES)]
     assert [row["case"] for row in made["hearts"]] == ["study_series7"] and not made["skipped"]
+    file.write_bytes(file.read_bytes()[:-20])
+    assert [case for case, _ in work(("study", tmp_path / "in" / "study"))["failures"]] == ["study_series7"]
+    assert not list((tmp_path / "out").rglob("segmentation.nii.gz")) + list((tmp_path / "out").rglob("cine.json"))
     with pytest.raises(ValueError, match="empty: no short-axis cine among its 0 DICOM files"):
         work(("empty", tmp_path / "in" / "empty"))
     with pytest.raises(ValueError, match="need a folder as output, memory://dicom is none"):

@@ -143,7 +143,7 @@ def test_worklist_puts_the_most_urgent_first(journal):
     """Equal urgencies keep their order; where some cases have no samples, the failing regions decide."""
 
     def add(number, case, **scores):
-        row = {"case": case, "status": "done", **scores}
+        row = {"case": case, "heart": f"heart of {case}", "status": "done", **scores}
         journal.add_case(number, 0, row, {"case": case, "status": "done", "urgency": scores["urgency"]})
 
     add(3, "c", urgency=0.2, region_failure=1.0, sample_disagreement=0.2)
@@ -153,7 +153,9 @@ def test_worklist_puts_the_most_urgent_first(journal):
     assert [(row["rank"], row["case"]) for row in journal.worklist()] == [(1, "d"), (2, "b"), (3, "a"), (4, "c")]
     add(5, "e", urgency=7.0, region_failure=2.5)
     assert [row["case"] for row in journal.worklist()] == ["d", "a", "e", "b", "c"]
-    assert next(iter(journal.most_urgent(1)))[0] == "a"
+    assert journal.most_urgent(1) == [("a", None, 3.0)]  # a heart that this run did not measure is none
+    journal.add_heart(1, True, {"case": "heart of a"})
+    assert journal.most_urgent(2) == [("a", "heart of a", 3.0), ("e", None, 2.5)]
 
 
 def test_what_failed_comes_first_and_by_name(journal):

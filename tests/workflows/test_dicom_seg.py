@@ -1,5 +1,6 @@
 """DICOM Segmentations, read back by highdicom and bit by bit from their own tags, against the NIfTI masks."""
 
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -108,6 +109,27 @@ def test_de_identified_images(tmp_path, capfd):
             [f"2.16.0124.00{z}.03" for z in range(SLICES)], combine_segments=True
         )
     np.testing.assert_array_equal(read.transpose(2, 1, 0), labels)
+
+
+def test_a_series_for_each_slice(tmp_path):
+    """The Segmentation lists each image under its own series, also for a file that two cases came from."""
+    write(tmp_path / "in", cine(lambda z, t: {"SeriesInstanceUID": f"{ROOT}3.{z + 1}", "SeriesNumber": 10 + z}))
+    masks = run_on(tmp_path / "in", tmp_path / "out")
+    (case,) = (folder.parent for folder in list(masks)[:1])
+    shutil.copytree(case, case.with_name("again"))
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.failures == {} and outcome.text.startswith(f"{4 * PHASES} DICOM Segmentation(s)")
+    for folder in (case, case.with_name("again")):
+        for t, labels in enumerate(labels for labels, _ in masks.values()):
+            segmentation = hd.seg.segread(folder / f"phase{t:02d}" / "segmentation.dcm")
+            listed = {
+                series.SeriesInstanceUID: [item.ReferencedSOPInstanceUID for item in series.ReferencedInstanceSequence]
+                for series in segmentation.ReferencedSeriesSequence
+            }
+            assert listed == {f"{ROOT}3.{z + 1}": [f"{ROOT}1.{z + 1}.{t + 1}"] for z in range(SLICES)}
+            uids = [uid for (uid,) in listed.values()]
+            read = segmentation.get_pixels_by_source_instance(uids, combine_segments=True)
+            np.testing.assert_array_equal(read.transpose(2, 1, 0), labels)
 
 
 def test_the_copy_of_a_missing_slice_is_left_out(tmp_path):

@@ -186,6 +186,19 @@ def test_other_cases_are_not_drawn_beside(study, tmp_path):
     assert not (tmp_path / "out" / "effort.csv").exists()
 
 
+def test_a_case_that_fails_in_one_folder_is_left_out_of_all(study, tmp_path):
+    root, *_ = study
+    copy_with_emap(root, tmp_path / "emap")
+    (tmp_path / "emap" / "patient002_frame05" / "entropy.nii.gz").unlink()
+    outcome = effort(root / "run", root / "acdc", tmp_path / "out", compare=[tmp_path / "emap"], seeds=2)
+    assert list(outcome.failures) == [f"{tmp_path / 'emap'}: patient002_frame05"]
+    shutil.copytree(root / "run", tmp_path / "three")
+    shutil.rmtree(tmp_path / "three" / "patient002_frame05")
+    effort(tmp_path / "three", root / "acdc", tmp_path / "alone", seeds=2)
+    with open(tmp_path / "out" / "effort.csv", newline="") as both, open(tmp_path / "alone" / "effort.csv") as alone:
+        assert [row for row in csv.DictReader(both) if row["map"] == "bmap"] == list(csv.DictReader(alone))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -223,7 +236,7 @@ def test_the_command(study, tmp_path, command):
     assert result.returncode == 1, result.stderr  # a case without detection
     assert "patient002_frame05" in result.stdout and "not detected" in result.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert len(summary["sets"]) == 2 and len(summary["failed"]) == 1
+    assert len(summary["failed"]) == 1 and [own["n_cases"] for own in summary["sets"]] == [3, 3]
     for name in ("effort.png", "effort.svg", "effort.csv", "summary.md"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
 

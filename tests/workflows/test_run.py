@@ -203,14 +203,17 @@ def test_a_damaged_record_keeps_no_other_case_out_of_the_table(predictors, tmp_p
 
 
 def test_the_table_has_no_index_of_a_phase_that_failed_since(predictors, tmp_path):
-    """Run again with a damaged end-systole, whose heart's indices of the first run still lie there."""
+    """Run again with a damaged end-systole; also if indices lie there that an older version did not remove."""
     write_acdc_like(tmp_path / "in", 1, shape=(48, 56), n_slices=2)
     output = tmp_path / "out"
     run(find_scans(tmp_path / "in"), output, *predictors)
     assert all(row["lv_edv_ml"] is not None for row in folder_rows(output, {}))
     next((tmp_path / "in").rglob("patient001_frame11.nii.gz")).write_bytes(b"no image")
+    indices = (output / "patient001" / "cine.json").read_text()
     with pytest.raises(CaseFailures, match="patient001_frame11"):
         run(find_scans(tmp_path / "in"), output, *predictors)
+    assert not (output / "patient001" / "cine.json").exists()
+    (output / "patient001" / "cine.json").write_text(indices)
     rows = {row["case"]: row for row in folder_rows(output, {})}
     assert rows["patient001_frame11"]["status"] == "failed"
     assert rows["patient001_frame01"]["status"] == "done" and rows["patient001_frame01"].get("lv_edv_ml") is None
@@ -244,6 +247,24 @@ def test_results_of_a_scan_that_broke_meanwhile_are_removed(predictors, tmp_path
         run(find_scans(source), tmp_path / "out", *predictors)
     for name in ("segmentation.nii.gz", "report.html"):
         assert not (tmp_path / "out" / "scan" / name).exists()
+
+
+@pytest.mark.parametrize("found_by", ["run", "import"])
+def test_results_of_a_cine_that_broke_meanwhile_are_removed(predictors, tmp_path, found_by):
+    """Of all its phases, whose names a damaged file does not tell any more, and of the heart."""
+    source, output = tmp_path / "scan.nii.gz", tmp_path / "out"
+    nib.save(nib.Nifti1Image(np.stack([stack()] * 3, axis=-1), np.diag([2.5, 2.5, 20, 1])), source)
+    run(find_scans(source), output, *predictors)
+    assert len(list(output.rglob("segmentation.nii.gz"))) == 3 and (output / "scan" / "cine.json").is_file()
+    source.write_text("no image")
+    with pytest.raises(CaseFailures):
+        if found_by == "run":
+            run(find_scans(source), output, *predictors)
+        else:
+            run([], output, *predictors, failures=[("scan", "its pixels cannot be read")])
+    left = {path.name for path in (output / "scan").rglob("*") if path.is_file()}
+    assert left == {"qc.json", "image.nii.gz"}
+    assert [(row["case"], row["status"]) for row in folder_rows(output, {})] == [("scan", "failed")]
 
 
 def test_a_structure_that_no_sample_found_is_urgent():
@@ -482,6 +503,9 @@ def test_command_line(bundles, tmp_path, command):
         ),
         (("run", "-i", "in", "--output=out", "-x", 3), "run has no option --x: see run --help."),
         (("run", "--input", "scans", "--output"), "--output has no value. See run --help."),
+        (("run", "-i", "scans", "-o", "--device", "cpu"), "--output has no value. See run --help."),
+        (("run", "--input", "scans", "--nooutput"), "run has no option --nooutput: did you mean --output?"),
+        (("review", "out", "reviewed", "--port", 70000), "port is a number from 0 to 65535, got 70000."),
         (("correct", "--predictions", "--reference", "in", "--output", "c"), "--predictions has no value."),
         (("auto3dseg", "--datalist", "f", "--root", "r", "--output", "--algos", "x"), "--output has no value."),
         (("evaluate", "out", "in", "--output="), "--output is empty."),

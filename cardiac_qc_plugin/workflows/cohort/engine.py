@@ -20,7 +20,7 @@ from ..cine import Given, choose_phases, group_cines, table_row, write_cines
 from ..files import OutputError, check_readable, write_csv, write_json
 from ..import_dicom import Inputs, Skipped, import_dicom, write_skipped
 from ..references import Outcome
-from ..run import Predictors, failed_row, process, worklist_row
+from ..run import Predictors, failed_row, forget, process, worklist_row
 from ..table import TABLE, case_row, failed_case_row, with_heart, write_table
 from .journal import Journal
 from .pool import Cluster, Died, Work, WorkerPool, connected
@@ -71,6 +71,8 @@ class CohortWorker:
         dicom = path.is_dir() or dicom_files(path)
         inputs = self.from_dicom(root, path) if dicom else Inputs(phases(name, path))
         scans, failures = inputs.scans, inputs.failures
+        for case, _ in failures:
+            forget(root, case)
         cases, broken, records = process(scans, root, self.predictors, self.preview, self.given)
         detects = self.predictors[1] is not None
         rows = [(case_row(qc), worklist_row(qc) if detects else None) for qc in cases]
@@ -274,7 +276,6 @@ class Run:
             cases.append({**qc, "scores": {**qc["scores"], "urgency": urgency}})
         hearts = dict.fromkeys(heart for _, heart, _ in chosen)
         found = [self.store.read_json(f"{heart}/cine.json") for heart in hearts if heart]
-        found = [record for record in found if record]
         skipped = [str(item) for item in self.skipped]
         if (more := self.journal.count("cases") - len(cases) - len(self.failures())) > 0:
             skipped.append(f"{more} less urgent cases: worklist.csv has all. This page and its sums are of the others.")

@@ -147,10 +147,11 @@ class Journal:
         return iter(self.db.execute(found))
 
     def most_urgent(self, limit: int) -> list[tuple[str, str | None, float]]:
-        """Case, heart and urgency of so many cases, in the order of the input."""
+        """Case, heart if it was measured, and urgency of so many cases, in the order of the input."""
         return self.db.execute(
-            f"""SELECT name, heart, {self.urgency} FROM cases WHERE rowid IN
+            f"""SELECT cases.name, hearts.name, {self.urgency} FROM cases LEFT JOIN hearts ON cases.heart = hearts.name
+                WHERE cases.rowid IN
                 (SELECT rowid FROM cases WHERE status = 'done' ORDER BY {self.urgency} DESC LIMIT ?)
-                ORDER BY file, number""",
+                ORDER BY cases.file, cases.number""",
             (limit,),
         ).fetchall()
