@@ -88,14 +88,16 @@ def correct(
     output.mkdir(parents=True, exist_ok=True)
 
     def correct_case(case: str, folder: Path) -> dict[str, Any]:
-        record = output / case / CORRECTION_FILE
+        corrected, record = (output / case / name for name in (SEGMENTATION_FILE, CORRECTION_FILE))
         if edited is None and record.is_file() and read_json(record).get("kind") != "simulated":
             raise ValueError(
                 f"{record}: an expert's correction, which a simulated one must not replace. Write elsewhere."
             )
         if (output / case / JOURNAL).is_file():
             raise ValueError(f"{output / case}: a review, which a correction must not replace. Write elsewhere.")
-        for path in (output / case / SEGMENTATION_FILE, record):
+        if corrected.is_file() and not record.is_file():
+            raise ValueError(f"{corrected}: no correction made it, and one must not replace it. Write elsewhere.")
+        for path in (corrected, record):
             path.unlink(missing_ok=True)  # of an earlier correction
         segmentation = read_labels(folder / SEGMENTATION_FILE)
         labels, notes, sources = method(case, folder, segmentation)
@@ -203,8 +205,8 @@ def write_correction(
         },
         "versions": {"cardiac_qc_plugin": __version__},
     }
+    write_json(output / CORRECTION_FILE, record)  # first: a segmentation without it would be someone else's
     write_like(output / SEGMENTATION_FILE, labels, segmentation)
-    write_json(output / CORRECTION_FILE, record)
     return record
 
 

@@ -166,6 +166,31 @@ def test_a_correction_does_not_replace_a_review(run):
         assert (root / "out" / CASE / "segmentation.nii.gz").read_bytes() == b"finished"
 
 
+def test_a_correction_replaces_no_segmentation_that_none_made(run, tmp_path):
+    """Of another run, or an expert's masks: they stay, also where the case fails for another reason."""
+    root, cases = run
+    shutil.copytree(root / "run", tmp_path / "other")
+    before = {path: path.read_bytes() for path in (tmp_path / "other").rglob("*") if path.is_file()}
+    (root / "acdc" / CASE.split("_")[0] / f"{CASE}_gt.nii.gz").unlink()
+    outcome = correct(root / "run", tmp_path / "other", root / "acdc")
+    assert outcome.failures.keys() == cases.keys()
+    assert all("no correction made it" in message for message in outcome.failures.values())
+    assert before == {path: path.read_bytes() for path in (tmp_path / "other").rglob("*") if path.is_file()}
+
+
+def test_a_kill_while_a_correction_is_written_does_not_bar_the_next(run, monkeypatch):
+    root, _ = run
+    for name in ("write_json", "write_like"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"cardiac_qc_plugin.workflows.correct.{name}", _interrupt)
+            correct(root / "run", root / "out", root / "acdc")
+        assert not correct(root / "run", root / "out", root / "acdc").failures
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
 def test_a_simulated_correction_does_not_replace_an_experts(run):
     root, cases = run
     write_edits(root, cases, outside=0)
