@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.openers import ImageOpener
 
-from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE
+from cardiac_qc_plugin.data.predictions import SEGMENTATION_FILE, files_below
 from cardiac_qc_plugin.transforms.spatial import check_checksum, check_spacing
 
 __all__ = [
@@ -294,7 +294,7 @@ def case_folders(root: str | Path) -> list[Path]:
     Raises:
         ValueError: if there is none.
     """
-    folders = sorted(path.parent for path in Path(root).rglob(SEGMENTATION_FILE))
+    folders = sorted(path.parent for path in files_below(Path(root)) if path.name == SEGMENTATION_FILE)
     if not folders:
         raise ValueError(f"{root}: no {SEGMENTATION_FILE} in it. Give the output folder of 'run'.")
     return folders

@@ -12,7 +12,7 @@ from miniature_run import SHAPE, SPACING, hausdorff, heart, load, save, write_pa
 from cardiac_qc_plugin.data.inputs import find_scans
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.correct import correct
-from cardiac_qc_plugin.workflows.files import read_volume
+from cardiac_qc_plugin.workflows.files import case_folders, read_volume
 from cardiac_qc_plugin.workflows.references import (
     MissingLabels,
     References,
@@ -417,6 +417,13 @@ def test_references_in_a_linked_folder(tmp_path):
     (tmp_path / "references" / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     found = References(tmp_path / "references").find("p1_ed", tmp_path / "run")
     assert found == tmp_path / "references" / "again" / "p1" / "p1_ed_gt.nii.gz"
+
+
+def test_a_case_whose_folder_is_a_link_is_one(run, tmp_path):
+    root, cases = run
+    (root / "run" / CASE).rename(tmp_path / "moved")
+    (root / "run" / CASE).symlink_to(tmp_path / "moved", target_is_directory=True)
+    assert [folder.name for folder in case_folders(root / "run")] == sorted(cases)
 
 
 def test_references_of_cases_that_are_named_by_their_folder(tmp_path):
