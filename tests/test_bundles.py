@@ -469,10 +469,10 @@ def test_interrupted_training_resumes(workers, acdc_like, tmp_path):
     train("cardiac_dn_segmentation", acdc_like, tmp_path, interrupt=3, **overrides)
     other, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path / "other", fold=1, **overrides)
     assert other.parser.get_parsed_content("resume") is None
-    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.003_2_32_0.0_0_3")
-    other.parser.update({"learning_rate": 1e-4, "snapshots": 3, "degraded": 0.25})  # of a training that starts anew
+    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.003_2_32_0.0_0_0_3")
+    other.parser.update({"learning_rate": 1e-4, "snapshots": 3, "degraded": 0.25, "pretrained": "a"})  # starts anew
     other.parser.parse()
-    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.0001_2_32_0.25_3_3")
+    assert other.parser.get_parsed_content("resume_dir").endswith("_brier_1_0_0.0001_2_32_0.25_3_3904355907_3")
     workflow, _ = train("cardiac_dn_segmentation", acdc_like, tmp_path, **overrides)
     trainer = workflow.parser.get_parsed_content("train#trainer")
     steps = workflow.parser.get_parsed_content("optimizer").state_dict()["state"][0]["step"]
