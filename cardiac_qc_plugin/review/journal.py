@@ -1,5 +1,6 @@
 """The journal of a case's review: one line per action, on the disk before the action counts."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -36,12 +37,15 @@ class Journal:
         """Add an event; it is on the disk when this returns.
 
         Raises:
-            OutputError: the file cannot be written, or the disk is full; the event does not count then.
+            OutputError: the file cannot be written, was removed or cut short meanwhile, or the disk is full; the event
+                does not count then.
         """
         line = json.dumps(event, allow_nan=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
+            with open(os.open(self.path, os.O_RDWR | (0 if self.size else os.O_CREAT), 0o666), "r+b") as stream:
+                if os.fstat(stream.fileno()).st_size < self.size:
+                    raise OSError(errno.ESTALE, "it was cut short meanwhile")
                 stream.truncate(self.size)
                 stream.seek(self.size)
                 stream.write(line)

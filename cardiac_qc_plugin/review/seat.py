@@ -99,12 +99,7 @@ class CaseReview:
         self.state = ReviewState(self.segmentation.data, flagged, find_regions(flagged, self._read(PROBABILITY_FILE)))
         self.session: str | None = None
         self.journal = Journal(output / JOURNAL)
-        begun = self._begin()
-        if self.journal.events and self.journal.events[0].get("sources") != begun["sources"]:
-            raise ValueError(
-                f"{self.journal.path}: this review was begun on other predictions of {name}. "
-                "Review these in another output folder, or move the file away to begin again."
-            )
+        self._check_sources()
         for line, event in enumerate(self.journal.events[1:], start=2):
             try:
                 if event["action"] == "open":
@@ -121,6 +116,14 @@ class CaseReview:
     def _begin(self) -> dict[str, Any]:
         files = (SEGMENTATION_FILE, REGIONS_FILE)
         return {"action": "begin", "time": now(), "sources": {name: file_sha256(self.folder / name) for name in files}}
+
+    def _check_sources(self) -> None:
+        """Raise ValueError if the review was begun on other files: they may be made anew while it goes on."""
+        if self.journal.events and self.journal.events[0].get("sources") != self._begin()["sources"]:
+            raise ValueError(
+                f"{self.journal.path}: this review was begun on other predictions of {self.name}. "
+                "Review these in another output folder, or move the file away to begin again."
+            )
 
     # what the page shows
 
@@ -205,7 +208,9 @@ class CaseReview:
         Raises:
             TakenOver: another window has the case open.
             Refused: no reviewer is given, see :func:`reviewer_name`.
+            ValueError: the predictions were made anew since the review was begun.
         """
+        self._check_sources()
         reviewer = reviewer_name(reviewer)
         if self.session is not None and previous != self.session and not take_over:
             last = self.state.last.isoformat(timespec="seconds") if self.state.last else "just now"
@@ -214,6 +219,7 @@ class CaseReview:
                 "If you take it over, that window can no longer save."
             )
         if not self.journal.events:
+            self.withdraw()  # of an earlier review, whose journal was moved away
             self.journal.append(self._begin())
         self._record({"action": "open", "reviewer": reviewer, "take_over": bool(take_over)})
         self.session = secrets.token_urlsafe(12)
@@ -231,6 +237,7 @@ class CaseReview:
         Raises:
             TakenOver: another window has taken the case over.
             Refused: the action breaks a rule; nothing was done.
+            ValueError: the predictions were made anew since the review was begun: it cannot be finished.
             OutputError: it could not be saved; nothing was done.
         """
         if self.session is None or session != self.session:
@@ -242,6 +249,7 @@ class CaseReview:
         self.state.check(action)
         event = {key: action[key] for key in ("id", "action", *PARTS.get(action["action"], ())) if key in action}
         if action["action"] == "finish":
+            self._check_sources()
             self.write_segmentation()
         self._record(event)
         if action["action"] == "reopen":
@@ -317,7 +325,8 @@ class Seat:
                 "segment finds no regions, and what correct wrote is corrected already."
             )
         for name in folders:
-            if (self.output / name / SEGMENTATION_FILE).is_file() and not (self.output / name / JOURNAL).is_file():
+            files = {file for file in (SEGMENTATION_FILE, JOURNAL, AUDIT) if (self.output / name / file).is_file()}
+            if files == {SEGMENTATION_FILE}:
                 raise ValueError(
                     f"{self.output / name} has a segmentation that no review made: write the review to another folder."
                 )
@@ -334,6 +343,9 @@ class Seat:
         """
         if not isinstance(name, str) or name not in self.folders:
             raise NoSuchCase(name)
+        known = self.reviews.get(name)
+        if known is not None and known.journal.size and not known.journal.path.is_file():
+            del self.reviews[name]  # moved away, to begin anew
         if name not in self.reviews:
             review = self.reviews[name] = CaseReview(name, self.folders[name], self.output / name)
             audit, finished = review.output / AUDIT, review.state.finished

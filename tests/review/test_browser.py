@@ -205,13 +205,49 @@ def test_two_browsers(chromium, address):
     second.take_over()
     np.testing.assert_array_equal(second.labels(), painted)
 
-    first.press("2")
-    first.drag((row + 6, col + 6), (row + 6, col + 7))
-    first.page.wait_for_selector("#message[open]")
-    assert "taken over by another window" in first.page.text_content("#message-text")
+    first.page.keyboard.press("2")
+    for _ in range(2):  # the second time nothing is even drawn
+        before = first.labels()
+        first.stroke((row + 6, col + 6), (row + 6, col + 7))
+        first.page.wait_for_selector("#message[open]")
+        assert "taken over by another window" in first.page.text_content("#message-text")
+        assert "NOT SAVED" in first.page.text_content("#saved")
+        first.page.keyboard.press("Escape")
+        first.page.wait_for_selector("#message:not([open])", state="attached")
+    np.testing.assert_array_equal(first.labels(), before)
     second.press("z")
     np.testing.assert_array_equal(second.labels(), automatic())
     assert [text.partition("status of ")[2] for text in second.complaints] == ["409 (Conflict)"]
+
+
+def test_a_duplicated_tab_is_another_window(chromium, address):
+    """It has the first one's session storage."""
+    screen = Screen(chromium, address)
+    screen.open()
+    with screen.page.expect_popup() as opened:
+        screen.page.evaluate("window.open(location.href)")
+    opened.value.wait_for_selector("#message[open]")
+    assert "open in another window" in opened.value.text_content("#message-text")
+    screen.press("a")
+    assert screen.where()[0] == "Region 2 of 3"
+
+
+def test_caps_lock_is_no_shift(chromium, address):
+    """With it the letter of a key is a capital, and with Shift a small one."""
+    screen = Screen(chromium, address)
+    screen.open()
+    press = (
+        "([key, shiftKey]) => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, shiftKey, bubbles: true}))"
+    )
+    screen.page.evaluate(press, ["A", False])
+    screen.saved()
+    assert screen.where()[0] == "Region 2 of 3"
+    screen.page.evaluate(press, ["Z", False])
+    screen.saved()
+    assert screen.where()[0] == "Region 1 of 3"
+    screen.page.evaluate(press, ["a", True])
+    screen.saved()
+    assert screen.where() == ("Region 3 of 3", "slice 4 of 4")
 
 
 def test_saves_wait_for_a_server_that_does_not_answer(chromium, address):

@@ -456,6 +456,41 @@ def test_the_last_word_has_the_rule_of_correct(predictions, tmp_path):
     assert not (tmp_path / "out" / "p1_ed" / "segmentation.nii.gz").exists()
 
 
+def test_predictions_made_anew_under_the_server(page, predictions, tmp_path):
+    """A review of the earlier ones cannot be finished; its journal moved away, as is said, it begins on the new."""
+    finish(page)
+    page.act("reopen")
+    labels, out = automatic(), tmp_path / "out" / "p1_ed"
+    labels[0, 0, 0] = 1
+    save(predictions / "p1_ed" / "segmentation.nii.gz", labels)
+    answer = page.act("finish")
+    assert answer.status_code == 422 and "begun on other predictions" in answer.json()["error"]
+    assert not (out / "segmentation.nii.gz").exists()
+    assert page.open(take_over=True).status_code == 422
+    (out / "review.jsonl").rename(tmp_path / "moved")
+    finish(page)
+    written = np.asanyarray(nib.load(out / "segmentation.nii.gz").dataobj)
+    assert written[0, 0, 0] == 1
+
+
+def test_a_journal_that_is_moved_away(page, predictions, tmp_path):
+    """Nothing is written behind its end; what an earlier review left goes when the case is begun anew."""
+    finish(page)
+    page.act("reopen")
+    path = tmp_path / "out" / "p1_ed" / "review.jsonl"
+    path.rename(tmp_path / "moved")
+    assert page.paint().status_code == 409 and not path.exists()
+    (tmp_path / "moved").rename(path)
+    finish(page)
+    path.unlink()
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))  # a start is not refused
+    other.open()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["review.jsonl"]
+    path.write_bytes(path.read_bytes()[:20])
+    answer = other.paint()
+    assert answer.status_code >= 500 and "cut short" in answer.json()["error"] and path.stat().st_size == 20
+
+
 def test_other_predictions_than_those_begun_on(page, predictions, tmp_path):
     finish(page)
     labels = automatic()

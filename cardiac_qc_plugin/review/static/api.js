@@ -45,9 +45,11 @@ export class ActionQueue {
     this.waiting = [];
     this.running = null; // until all is sent
     this.ended = false;
+    this.lost = null; // why nothing is saved from this window any more
   }
 
   send(action) {
+    if (this.lost) return this.onProblem(this.lost, 0);
     if (this.ended) return;
     this.waiting.push({ id: newId(), ...action });
     this.onStatus("saving");
@@ -75,7 +77,8 @@ export class ActionQueue {
         } else {
           const lost = this.waiting.length;
           this.waiting = [];
-          this.onStatus("saved");
+          if ([403, 409].includes(problem.status)) this.lost = problem;
+          this.onStatus(this.lost ? "lost" : "saved");
           this.onProblem(problem, lost);
         }
       }

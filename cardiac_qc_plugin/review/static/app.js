@@ -61,6 +61,7 @@ function worklistRow(row, index) {
     row.seconds ? clock(row.seconds) : ""];
   tr.append(...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
   const button = Object.assign(document.createElement("button"), { textContent: row.status === "finished" ? "Look" : "Review" });
+  button.ariaLabel = `${button.textContent} ${row.case}`;
   button.disabled = row.status === "broken";
   button.onclick = () => openCase(row.case);
   const last = document.createElement("td");
@@ -114,12 +115,12 @@ async function load(name, takeOver) {
     $("reviewer").focus();
     return toast("Fill in who reviews; the audit trail names the reviewer.");
   }
-  const key = `session ${name}`;
+  const key = `session ${name}`; // is there after a reload only: a duplicated tab is another window
   let answer, voxels;
   try {
     const previous = sessionStorage.getItem(key);
+    sessionStorage.removeItem(key);
     answer = await post("api/open", { case: name, reviewer: reviewer(), previous, take_over: takeOver });
-    sessionStorage.setItem(key, answer.session);
     const fetched = (volume, Type) => getVoxels(`api/volume?case=${encodeURIComponent(name)}&name=${volume}`, Type);
     voxels = await Promise.all([fetched("image", Uint16Array), fetched("uncertainty", Uint8Array),
       fetched("automatic", Uint8Array), fetched("regions", Uint16Array)]);
@@ -183,9 +184,7 @@ async function refused(name, problem, lost) {
   const notSaved = lost > 1 ? ` ${lost} actions were not saved.` : "";
   if (problem.status === 409 || problem.status === 403) {
     const text = problem.message + notSaved;
-    open.queue.ended = true;
     if (problem.status === 403) return tell(text);
-    sessionStorage.removeItem(`session ${name}`);
     return ask(text, { "Take it over again": () => openCase(name, true), "All cases": showWorklist });
   }
   toast(problem.message + notSaved);
@@ -200,7 +199,7 @@ function act(action) {
 }
 
 function active() {
-  if (open && !open.state.finished && Date.now() - open.shownAt > ACTIVITY) {
+  if (open && !open.state.finished && !open.queue.lost && Date.now() - open.shownAt > ACTIVITY) {
     open.shownAt = Date.now();
     open.queue.send({ action: "active" });
   }
@@ -314,7 +313,8 @@ const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seco
 
 function showSaved(status, reason) {
   $("saved").className = status;
-  $("saved").textContent = { saved: "saved", saving: "saving…", unsaved: `NOT SAVED: ${reason} Trying again.` }[status];
+  $("saved").textContent = { saved: "saved", saving: "saving…", unsaved: `NOT SAVED: ${reason} Trying again.`,
+    lost: "NOT SAVED: this window no longer has the case." }[status];
 }
 
 function showSummary() {
@@ -388,7 +388,7 @@ const pointers = new Map();
 let gesture = null; // two fingers, or a button that moves or sets the contrast
 
 function startStroke(event) {
-  if (open.state.finished) return act({ action: "paint" });
+  if (open.state.finished || open.queue.lost) return act({ action: "paint" });
   open.stroke = { z: open.z, label: tool.label, last: open.view.voxelAt(event.clientX, event.clientY), voxels: new Map(), outside: false };
   extendStroke(event);
 }
@@ -539,7 +539,9 @@ document.addEventListener("keydown", (event) => {
   }
   if (event.target.matches("button") && [" ", "Enter"].includes(event.key)) return;
   if (event.key === " ") spaceDown = true;
-  const key = event.ctrlKey || event.metaKey ? { z: event.shiftKey ? "y" : "z", Z: "y", y: "y" }[event.key] : event.key;
+  // by Shift, not by the letter's case: Caps Lock changes that too
+  const typed = /^[a-z]$/i.test(event.key) ? event.key[event.shiftKey ? "toUpperCase" : "toLowerCase"]() : event.key;
+  const key = event.ctrlKey || event.metaKey ? { z: "z", Z: "y", y: "y" }[typed] : typed;
   const command = keys[key];
   if (!command && key !== " ") return;
   event.preventDefault();
@@ -549,7 +551,11 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("keyup", (event) => event.key === " " && (spaceDown = false));
 new ResizeObserver(() => open && refresh()).observe($("stage"));
 window.addEventListener("beforeunload", (event) => open?.queue.waiting.length && event.preventDefault());
-window.addEventListener("pagehide", () => open?.queue.end());
+window.addEventListener("pagehide", () => {
+  if (!open) return;
+  sessionStorage.setItem(`session ${open.name}`, open.queue.session);
+  open.queue.end();
+});
 
 // ---- messages
 
