@@ -21,7 +21,7 @@ class Journal:
         path: the file; it need not exist.
 
     Raises:
-        ValueError: a complete line is no JSON; the message names the file.
+        ValueError: a complete line is no JSON object; the message names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,8 +29,8 @@ class Journal:
         content = path.read_bytes() if path.is_file() else b""
         self.size = content.rfind(b"\n") + 1
         try:
-            self.events: list[dict[str, Any]] = [json.loads(line) for line in content[: self.size].splitlines()]
-        except ValueError as error:
+            self.events: list[dict[str, Any]] = [dict(json.loads(line)) for line in content[: self.size].splitlines()]
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: a line is damaged ({error}). Move the file to review the case anew.") from error
 
     def append(self, event: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ class CaseReview:
 
     @cached_property
     def qc(self) -> dict[str, Any]:
-        return read_json(self.folder / "qc.json")
+        return _read_qc(self.folder)
 
     def volume(self, name: str) -> bytes:
         """Voxels of a volume in the order of a NIfTI file: the first axis fastest.
@@ -307,15 +307,15 @@ class Seat:
         output: where the reviews go, outside `predictions`.
 
     Raises:
-        ValueError: there is no case with flagged regions, or the output lies in the predictions.
+        ValueError: there is no case with flagged regions, or the output and the predictions lie in each other.
         OSError: the output cannot be a folder.
     """
 
     def __init__(self, predictions: str | Path, output: str | Path) -> None:
         self.predictions, self.output = Path(predictions).resolve(), Path(output).resolve()
         check_folder(self.output)
-        if self.output.is_relative_to(self.predictions):
-            raise ValueError(f"{output} is in the predictions {predictions}: write the review somewhere else.")
+        if self.output.is_relative_to(self.predictions) or self.predictions.is_relative_to(self.output):
+            raise ValueError(f"{output} and {predictions} lie in each other: write the review somewhere else.")
         folders = {path.relative_to(self.predictions).as_posix(): path for path in case_folders(self.predictions)}
         if "." in folders:
             raise ValueError(f"{predictions} is the folder of one case: give the one above it.")
@@ -348,12 +348,28 @@ class Seat:
             del self.reviews[name]  # moved away, to begin anew
         if name not in self.reviews:
             review = self.reviews[name] = CaseReview(name, self.folders[name], self.output / name)
-            audit, finished = review.output / AUDIT, review.state.finished
-            if not finished and review.journal.events:
-                review.withdraw()  # the server was killed just after the case was reopened
-            elif finished and not (audit.is_file() and read_json(audit)["finished_utc"] == finished):
-                self.write_audit(review)  # the server was killed just after the case was finished
+            try:
+                self._repair(review)
+            except BaseException:
+                del self.reviews[name]
+                raise
         return self.reviews[name]
+
+    def _repair(self, review: CaseReview) -> None:
+        """Bring the results to what the journal says: the server may have been killed between the two."""
+        if not review.state.finished:
+            if review.journal.events:
+                review.withdraw()
+            return
+        if not (review.output / SEGMENTATION_FILE).is_file():
+            review.write_segmentation()
+        try:
+            audit = read_json(review.output / AUDIT)
+            done = (audit["finished_utc"], audit["indices"]) == (review.state.finished, self.indices(review))
+        except (ValueError, KeyError, TypeError):
+            done = False
+        if not done:
+            self.write_audit(review)
 
     def worklist(self) -> Iterator[dict[str, Any]]:
         """A line for each case, the most urgent first: flagged and decided regions, state, time."""
@@ -361,7 +377,7 @@ class Seat:
             row = {"case": name}
             try:
                 row |= self._begun(name) if (self.output / name / JOURNAL).is_file() else _not_begun(folder)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 row |= {"status": "broken", "message": str(error)}
             yield row
 
@@ -403,7 +419,7 @@ class Seat:
         try:
             phases = self._phases(review)
             both = {phase: self.review(name) for phase, name in (phases or {}).items()}
-        except ValueError as error:  # the other phase is damaged; this one is none the worse
+        except (ValueError, KeyError, TypeError) as error:  # the other phase is damaged; this one is none the worse
             return {"missing": str(error)}
         if phases is None:
             return {"missing": "the patient's other phase is not among the cases, or end-diastole is not known"}
@@ -444,10 +460,21 @@ class Seat:
 
 def _not_begun(folder: Path) -> dict[str, Any]:
     """A case's line in the worklist before its review has begun."""
-    qc = read_json(folder / "qc.json")
-    if "regions" not in qc.get("detection", {}):
-        raise ValueError(f"{folder / 'qc.json'}: no failure detection in it. Give the output folder of 'run'.")
-    return {"status": "open", "regions": len(qc["detection"]["regions"]), "decided": 0, "seconds": 0.0}
+    return {"status": "open", "regions": len(_read_qc(folder)["detection"]["regions"]), "decided": 0, "seconds": 0.0}
+
+
+def _read_qc(folder: Path) -> dict[str, Any]:
+    """Content of ``qc.json``; ValueError if it lacks something that the page needs."""
+    path = folder / "qc.json"
+    qc = read_json(path)
+    try:
+        [qc["input"][name] for name in ("path", "frame", "sha256")]
+        len(qc["detection"]["regions"]), MAP_FILES[qc["detection"]["map"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no input or no failure detection in it ({error!r}). Give the output folder of 'run'."
+        ) from error
+    return qc
 
 
 def _input_path(folder: Path) -> Path | None:
@@ -461,6 +488,6 @@ def _input_path(folder: Path) -> Path | None:
 def _scores(folder: Path) -> dict[str, float]:
     """Scores of a case, from ``qc.json``; none if that is damaged, which is said where the case is opened."""
     try:
-        return read_json(folder / "qc.json").get("scores", {})
-    except (ValueError, AttributeError):
+        return dict(read_json(folder / "qc.json")["scores"])
+    except (ValueError, KeyError, TypeError):
         return {}

@@ -185,8 +185,24 @@ def as_stored(path: Path, labels: Volume, prediction: Volume) -> Volume:
     """Labels of a file in the order of the prediction's voxels, where they were saved with axes turned or swapped.
 
     Raises:
-        ValueError: if the axes are others than the prediction's, and turned back do not lie where it lies.
+        ValueError: if the axes are others than the prediction's, and turned back do not lie where it lies; or the
+            labels have another shape or voxel size.
     """
+    turned = _turned_back(path, labels, prediction)
+    if turned.data.shape != prediction.data.shape:
+        raise ValueError(
+            f"{path}: shape {turned.data.shape}, but the prediction has {prediction.data.shape}. "
+            "Give the labels of this scan, on its own grid."
+        )
+    if not np.allclose(turned.spacing, prediction.spacing, rtol=0.01):
+        raise ValueError(
+            f"{path}: voxel size {_listed(turned.spacing)} mm, but the prediction has "
+            f"{_listed(prediction.spacing)} mm. Give the labels of this scan, or correct the header."
+        )
+    return turned
+
+
+def _turned_back(path: Path, labels: Volume, prediction: Volume) -> Volume:
     own, other = labels.image.affine, prediction.image.affine
     both_say = all(says_how_it_lies(volume.image.header) for volume in (labels, prediction))
     if not both_say or nib.aff2axcodes(own) == nib.aff2axcodes(other):
@@ -231,16 +247,6 @@ def read_reference(path: Path, prediction: Volume) -> np.ndarray:
 def fit_reference(path: Path, labels: Volume, prediction: Volume) -> np.ndarray:
     """Reference labels of a file in the order of a stack's voxels; raises as `read_reference`."""
     reference = as_stored(path, labels, prediction)
-    if reference.data.shape != prediction.data.shape:
-        raise ValueError(
-            f"{path}: shape {reference.data.shape}, but the prediction has {prediction.data.shape}. "
-            "Give the labels of this scan, on its own grid."
-        )
-    if not np.allclose(reference.spacing, prediction.spacing, rtol=0.01):
-        raise ValueError(
-            f"{path}: voxel size {_listed(reference.spacing)} mm, but the prediction has "
-            f"{_listed(prediction.spacing)} mm. Give the labels of this scan, or correct the header."
-        )
     if not reference.data.any():
         raise ValueError(f"{path}: no label at all, only background. Nothing can be measured against it.")
     check_order(reference.data, str(path))

@@ -473,6 +473,34 @@ def test_predictions_made_anew_under_the_server(page, predictions, tmp_path):
     assert written[0, 0, 0] == 1
 
 
+@pytest.mark.parametrize("change", [{"detection": None}, {"input": None}, {"detection": {"regions": []}}])
+def test_a_record_that_lacks_something_breaks_its_case_alone(predictions, tmp_path, change):
+    path = predictions / "p1_es" / "qc.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change | {"scores": None}))
+    page = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    states = {row["case"]: row["status"] for row in page.client.get("/api/cases").json()}
+    assert states == {"p1_ed": "open", "p1_es": "broken"}
+    answer = page.open("p1_es")
+    assert answer.status_code == 422 and f"{path}: no input or no failure detection" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("damage", ["audit", "segmentation", "indices"])
+def test_a_start_repairs_a_finished_case(page, predictions, tmp_path, damage):
+    """What the journal tells is written again: after a kill, or by another hand."""
+    finish(page)
+    out = tmp_path / "out" / "p1_ed"
+    audit, labels = json.loads((out / "audit.json").read_text()), (out / "segmentation.nii.gz").read_bytes()
+    if damage == "segmentation":
+        (out / "segmentation.nii.gz").unlink()
+    else:
+        (out / "audit.json").write_text('{"case": ' if damage == "audit" else json.dumps(audit | {"indices": {}}))
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    for _ in range(2):
+        assert other.client.get("/api/cases").json()[0]["status"] == "finished"
+    assert json.loads((out / "audit.json").read_text()) == audit
+    assert (out / "segmentation.nii.gz").read_bytes() == labels
+
+
 def test_a_journal_that_is_moved_away(page, predictions, tmp_path):
     """Nothing is written behind its end; what an earlier review left goes when the case is begun anew."""
     finish(page)

@@ -153,6 +153,15 @@ def test_expert_edits_with_turned_axes_are_turned_back(run):
         np.testing.assert_array_equal(changed, np.argwhere(flagged(root, case))[:1])
 
 
+def test_expert_edits_with_other_voxels_are_refused(run):
+    root, cases = run
+    write_edits(root, cases, outside=0)
+    for path in (root / "edited").rglob("*.nii.gz"):
+        nib.save(nib.Nifti1Image(load(path), np.diag([-3.0, -3.0, 4.0, 1.0])), path)
+    outcome = correct(root / "run", root / "out", edited=root / "edited")
+    assert outcome.failures.keys() == cases.keys() and "voxel size 3 x 3 x 4 mm" in outcome.failures[CASE]
+
+
 def test_a_correction_does_not_replace_a_review(run):
     """Neither a simulated one nor masks made elsewhere; what the review wrote stays."""
     root, cases = run
