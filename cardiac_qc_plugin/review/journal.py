@@ -29,23 +29,33 @@ class Journal:
         content = path.read_bytes() if path.is_file() else b""
         self.size = content.rfind(b"\n") + 1
         try:
-            self.events: list[dict[str, Any]] = [dict(json.loads(line)) for line in content[: self.size].splitlines()]
-        except (ValueError, TypeError) as error:
+            self.events: list[dict[str, Any]] = [json.loads(line) for line in content[: self.size].splitlines()]
+            if not all(isinstance(event, dict) for event in self.events):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
             raise ValueError(f"{path}: a line is damaged ({error}). Move the file to review the case anew.") from error
+
+    def is_current(self) -> bool:
+        """Whether the file still holds these events: it can be moved away, or put back, under the server."""
+        if not self.path.is_file():
+            return self.size == 0
+        with open(self.path, "rb") as stream:
+            stream.seek(max(self.size - 1, 0))
+            return stream.read(1) == b"\n" if self.size else b"\n" not in stream.read()
 
     def append(self, event: dict[str, Any]) -> None:
         """Add an event; it is on the disk when this returns.
 
         Raises:
-            OutputError: the file cannot be written, was removed or cut short meanwhile, or the disk is full; the event
-                does not count then.
+            OutputError: the file cannot be written, the disk is full, or the file is not the one that was written
+                before; the event does not count then.
         """
         line = json.dumps(event, allow_nan=False).encode() + b"\n"
         try:
+            if not self.is_current():
+                raise OSError(errno.ESTALE, "it was removed or changed under the server: open the case again")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(os.open(self.path, os.O_RDWR | (0 if self.size else os.O_CREAT), 0o666), "r+b") as stream:
-                if os.fstat(stream.fileno()).st_size < self.size:
-                    raise OSError(errno.ESTALE, "it was cut short meanwhile")
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
                 stream.truncate(self.size)
                 stream.seek(self.size)
                 stream.write(line)

@@ -4,7 +4,6 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,24 @@ def reviewer_name(given: Any) -> str:
     return given.strip()[:200]
 
 
+def check_results(output: Path) -> None:
+    """Refuse a case's output folder with results that a review would replace, but none made.
+
+    Raises:
+        ValueError: it has; the message names it.
+    """
+    if (output / JOURNAL).is_file() or not (output / SEGMENTATION_FILE).is_file():
+        return
+    try:
+        of_review = "reviewer" in read_json(output / CORRECTION_FILE)
+    except ValueError:
+        of_review = (output / AUDIT).is_file()
+    if not of_review:
+        raise ValueError(
+            f"{output} has a segmentation that no review made: write the review to another folder, or move this away."
+        )
+
+
 class CaseReview:
     """One case and its review, which goes on from its journal.
 
@@ -94,12 +111,17 @@ class CaseReview:
 
     def __init__(self, name: str, folder: Path, output: Path) -> None:
         self.name, self.folder, self.output = name, folder, output
+        self.sources = self._digests()
         self.segmentation = read_labels(folder / SEGMENTATION_FILE)
         flagged = self._read(REGIONS_FILE)
         self.state = ReviewState(self.segmentation.data, flagged, find_regions(flagged, self._read(PROBABILITY_FILE)))
         self.session: str | None = None
         self.journal = Journal(output / JOURNAL)
-        self._check_sources()
+        if self.journal.events and self.journal.events[0].get("sources") != self.sources:
+            raise ValueError(
+                f"{self.journal.path}: this review was begun on other predictions of {name}. "
+                "Review these in another output folder, or move the file away to begin again."
+            )
         for line, event in enumerate(self.journal.events[1:], start=2):
             try:
                 if event["action"] == "open":
@@ -113,21 +135,17 @@ class CaseReview:
     def _read(self, name: str) -> np.ndarray:
         return read_like(self.folder / name, self.segmentation)
 
-    def _begin(self) -> dict[str, Any]:
-        files = (SEGMENTATION_FILE, REGIONS_FILE)
-        return {"action": "begin", "time": now(), "sources": {name: file_sha256(self.folder / name) for name in files}}
+    def _digests(self) -> dict[str, str | None]:
+        files = {name: self.folder / name for name in (SEGMENTATION_FILE, REGIONS_FILE)}
+        return {name: file_sha256(path) if path.is_file() else None for name, path in files.items()}
 
-    def _check_sources(self) -> None:
-        """Raise ValueError if the review was begun on other files: they may be made anew while it goes on."""
-        if self.journal.events and self.journal.events[0].get("sources") != self._begin()["sources"]:
-            raise ValueError(
-                f"{self.journal.path}: this review was begun on other predictions of {self.name}. "
-                "Review these in another output folder, or move the file away to begin again."
-            )
+    def is_current(self) -> bool:
+        """Whether predictions and journal still are those that were read: both can change under the server."""
+        return self.journal.is_current() and self._digests() == self.sources
 
     # what the page shows
 
-    @cached_property
+    @property
     def qc(self) -> dict[str, Any]:
         return _read_qc(self.folder)
 
@@ -208,9 +226,8 @@ class CaseReview:
         Raises:
             TakenOver: another window has the case open.
             Refused: no reviewer is given, see :func:`reviewer_name`.
-            ValueError: the predictions were made anew since the review was begun.
+            ValueError: see :func:`check_results`.
         """
-        self._check_sources()
         reviewer = reviewer_name(reviewer)
         if self.session is not None and previous != self.session and not take_over:
             last = self.state.last.isoformat(timespec="seconds") if self.state.last else "just now"
@@ -219,8 +236,9 @@ class CaseReview:
                 "If you take it over, that window can no longer save."
             )
         if not self.journal.events:
-            self.withdraw()  # of an earlier review, whose journal was moved away
-            self.journal.append(self._begin())
+            check_results(self.output)
+            self.journal.append({"action": "begin", "time": now(), "sources": self.sources})
+            self.withdraw()  # of a review whose journal was moved away
         self._record({"action": "open", "reviewer": reviewer, "take_over": bool(take_over)})
         self.session = secrets.token_urlsafe(12)
         return self.session
@@ -235,12 +253,13 @@ class CaseReview:
         """Do an action, and save it before this returns; an id that was done already is not done again.
 
         Raises:
-            TakenOver: another window has taken the case over.
+            TakenOver: another window has taken the case over, or it was closed or read anew.
             Refused: the action breaks a rule; nothing was done.
-            ValueError: the predictions were made anew since the review was begun: it cannot be finished.
             OutputError: it could not be saved; nothing was done.
         """
-        if self.session is None or session != self.session:
+        if self.session is None:
+            raise TakenOver(f"{self.name} is not open any more: nothing more is saved from this window. Open it again.")
+        if session != self.session:
             raise TakenOver(f"{self.name} was taken over by another window: nothing more is saved from this one.")
         if not isinstance(action.get("id"), str):
             raise Refused("Every action has an id, a string.")
@@ -249,7 +268,6 @@ class CaseReview:
         self.state.check(action)
         event = {key: action[key] for key in ("id", "action", *PARTS.get(action["action"], ())) if key in action}
         if action["action"] == "finish":
-            self._check_sources()
             self.write_segmentation()
         self._record(event)
         if action["action"] == "reopen":
@@ -325,11 +343,7 @@ class Seat:
                 "segment finds no regions, and what correct wrote is corrected already."
             )
         for name in folders:
-            files = {file for file in (SEGMENTATION_FILE, JOURNAL, AUDIT) if (self.output / name / file).is_file()}
-            if files == {SEGMENTATION_FILE}:
-                raise ValueError(
-                    f"{self.output / name} has a segmentation that no review made: write the review to another folder."
-                )
+            check_results(self.output / name)
         urgency = dict(zip(folders, urgencies([_scores(folder) for folder in folders.values()]), strict=True))
         self.folders = dict(sorted(folders.items(), key=lambda item: -urgency[item[0]]))
         self.reviews: dict[str, CaseReview] = {}
@@ -337,39 +351,42 @@ class Seat:
     def review(self, name: Any) -> CaseReview:
         """The review of a case, by the name that the list has; no other path is ever read.
 
+        It stays in memory as long as the files are those that it came from.
+
         Raises:
             NoSuchCase: there is none.
             ValueError: its files are missing, damaged, or do not fit.
+            OutputError: what a killed server left undone cannot be written.
         """
         if not isinstance(name, str) or name not in self.folders:
             raise NoSuchCase(name)
-        known = self.reviews.get(name)
-        if known is not None and known.journal.size and not known.journal.path.is_file():
-            del self.reviews[name]  # moved away, to begin anew
-        if name not in self.reviews:
+        if name not in self.reviews or not self.reviews[name].is_current():
             review = self.reviews[name] = CaseReview(name, self.folders[name], self.output / name)
             try:
-                self._repair(review)
+                self._make_up(review)
             except BaseException:
-                del self.reviews[name]
+                self.reviews.pop(name, None)  # the next request tries again
                 raise
         return self.reviews[name]
 
-    def _repair(self, review: CaseReview) -> None:
-        """Bring the results to what the journal says: the server may have been killed between the two."""
-        if not review.state.finished:
-            if review.journal.events:
-                review.withdraw()
-            return
-        if not (review.output / SEGMENTATION_FILE).is_file():
+    def _make_up(self, review: CaseReview) -> None:
+        """Do what a killed server left undone, or others did to the results: the journals have the last word."""
+        results = [review.output / name for name in (SEGMENTATION_FILE, CORRECTION_FILE)]
+        if review.journal.events and not review.state.finished:
+            review.withdraw()
+        elif review.state.finished and not all(path.is_file() for path in results):
             review.write_segmentation()
+        for one in (review, *self._finished_beside(review)):
+            if one.state.finished and not self._is_audited(one):
+                self.write_audit(one)
+
+    def _is_audited(self, review: CaseReview) -> bool:
+        """Whether the audit is of this finish, and its indices of what the other phase is now."""
         try:
             audit = read_json(review.output / AUDIT)
-            done = (audit["finished_utc"], audit["indices"]) == (review.state.finished, self.indices(review))
-        except (ValueError, KeyError, TypeError):
-            done = False
-        if not done:
-            self.write_audit(review)
+        except ValueError:
+            return False
+        return audit.get("finished_utc") == review.state.finished and audit.get("indices") == self.indices(review)
 
     def worklist(self) -> Iterator[dict[str, Any]]:
         """A line for each case, the most urgent first: flagged and decided regions, state, time."""
@@ -419,7 +436,7 @@ class Seat:
         try:
             phases = self._phases(review)
             both = {phase: self.review(name) for phase, name in (phases or {}).items()}
-        except (ValueError, KeyError, TypeError) as error:  # the other phase is damaged; this one is none the worse
+        except ValueError as error:  # the other phase is damaged; this one is none the worse
             return {"missing": str(error)}
         if phases is None:
             return {"missing": "the patient's other phase is not among the cases, or end-diastole is not known"}
@@ -435,18 +452,18 @@ class Seat:
 
     def _finished_beside(self, review: CaseReview) -> list[CaseReview]:
         """The patient's other phase, if its review is finished."""
-        names = set(self.indices(review).get("cases", {}).values()) - {review.name}
-        return [self.review(name) for name in names if self.review(name).state.finished]
+        try:
+            names = set((self._phases(review) or {}).values()) - {review.name}
+            begun = [self.review(name) for name in names if (self.output / name / JOURNAL).is_file()]
+        except ValueError:  # damaged
+            return []
+        return [other for other in begun if other.state.finished]
 
     def _phases(self, review: CaseReview) -> dict[str, str] | None:
         """Names of the end-diastolic and end-systolic case of a patient."""
         cine = review.folder.parent / "cine.json"
         if "/phase" in review.name and cine.is_file():
-            record, heart = read_json(cine), review.name.rpartition("/")[0]
-            numbers = {phase: record[f"{phase.lower()}_phase"] for phase in ("ED", "ES")}
-            folders = (f"{heart}/{case.rpartition('/')[2]}" for case in record["cases"])  # wherever the run lies
-            names = dict(zip((point["phase"] for point in record["curve"]), folders, strict=True))
-            found = {phase: names[number] for phase, number in numbers.items() if number in names}
+            found = _phases_of_cine(cine, review.name.rpartition("/")[0])
             known = len(found) == 2 and review.name in found.values() and set(found.values()) <= set(self.folders)
             return found if known else None
         patient, _ = patient_and_phase(review.name, Path(review.qc["input"]["path"]))
@@ -458,36 +475,55 @@ class Seat:
         return {phase: found[phase] for phase in ("ED", "ES")} if {"ED", "ES"} <= set(found) else None
 
 
+def _phases_of_cine(path: Path, heart: str) -> dict[str, str]:
+    """Names of a heart's end-diastolic and end-systolic case, as far as its ``cine.json`` tells them."""
+    record = read_json(path)
+    try:
+        numbers = {phase: record[f"{phase.lower()}_phase"] for phase in ("ED", "ES")}
+        folders = (f"{heart}/{case.rpartition('/')[2]}" for case in record["cases"])  # wherever the run lies
+        names = dict(zip((point["phase"] for point in record["curve"]), folders, strict=True))
+        return {phase: names[number] for phase, number in numbers.items() if number in names}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: the heart's phases are not in it. Run the heart again.") from error
+
+
 def _not_begun(folder: Path) -> dict[str, Any]:
     """A case's line in the worklist before its review has begun."""
-    return {"status": "open", "regions": len(_read_qc(folder)["detection"]["regions"]), "decided": 0, "seconds": 0.0}
+    regions = _read_qc(folder)["detection"]["regions"]
+    return {"status": "open", "regions": len(regions), "decided": 0, "seconds": 0.0}
 
 
 def _read_qc(folder: Path) -> dict[str, Any]:
-    """Content of ``qc.json``; ValueError if it lacks something that the page needs."""
+    """A case's ``qc.json``, which has all that the review takes from it.
+
+    Raises:
+        ValueError: it is missing, damaged or incomplete; the message names it.
+    """
     path = folder / "qc.json"
     qc = read_json(path)
     try:
-        [qc["input"][name] for name in ("path", "frame", "sha256")]
-        len(qc["detection"]["regions"]), MAP_FILES[qc["detection"]["map"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no input or no failure detection in it ({error!r}). Give the output folder of 'run'."
-        ) from error
+        source, detection = qc["input"], qc["detection"]
+        complete = isinstance(source["path"], str) and {"frame", "sha256"} <= set(source)
+        complete &= isinstance(detection["regions"], list) and detection["map"] in MAP_FILES
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path}: no scan or no failure detection in it. Give the output folder of 'run'.")
     return qc
 
 
 def _input_path(folder: Path) -> Path | None:
     """The scan of a case, from ``qc.json``; None if that is damaged, which is said where the case is opened."""
     try:
-        return Path(read_json(folder / "qc.json")["input"]["path"])
-    except (ValueError, KeyError, TypeError):
+        return Path(_read_qc(folder)["input"]["path"])
+    except ValueError:
         return None
 
 
 def _scores(folder: Path) -> dict[str, float]:
     """Scores of a case, from ``qc.json``; none if that is damaged, which is said where the case is opened."""
     try:
-        return dict(read_json(folder / "qc.json")["scores"])
-    except (ValueError, KeyError, TypeError):
+        scores = read_json(folder / "qc.json")["scores"].items()
+        return {key: value for key, value in scores if isinstance(value, int | float)}
+    except (ValueError, KeyError, AttributeError):
         return {}

@@ -456,69 +456,6 @@ def test_the_last_word_has_the_rule_of_correct(predictions, tmp_path):
     assert not (tmp_path / "out" / "p1_ed" / "segmentation.nii.gz").exists()
 
 
-def test_predictions_made_anew_under_the_server(page, predictions, tmp_path):
-    """A review of the earlier ones cannot be finished; its journal moved away, as is said, it begins on the new."""
-    finish(page)
-    page.act("reopen")
-    labels, out = automatic(), tmp_path / "out" / "p1_ed"
-    labels[0, 0, 0] = 1
-    save(predictions / "p1_ed" / "segmentation.nii.gz", labels)
-    answer = page.act("finish")
-    assert answer.status_code == 422 and "begun on other predictions" in answer.json()["error"]
-    assert not (out / "segmentation.nii.gz").exists()
-    assert page.open(take_over=True).status_code == 422
-    (out / "review.jsonl").rename(tmp_path / "moved")
-    finish(page)
-    written = np.asanyarray(nib.load(out / "segmentation.nii.gz").dataobj)
-    assert written[0, 0, 0] == 1
-
-
-@pytest.mark.parametrize("change", [{"detection": None}, {"input": None}, {"detection": {"regions": []}}])
-def test_a_record_that_lacks_something_breaks_its_case_alone(predictions, tmp_path, change):
-    path = predictions / "p1_es" / "qc.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change | {"scores": None}))
-    page = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
-    states = {row["case"]: row["status"] for row in page.client.get("/api/cases").json()}
-    assert states == {"p1_ed": "open", "p1_es": "broken"}
-    answer = page.open("p1_es")
-    assert answer.status_code == 422 and f"{path}: no input or no failure detection" in answer.json()["error"]
-
-
-@pytest.mark.parametrize("damage", ["audit", "segmentation", "indices"])
-def test_a_start_repairs_a_finished_case(page, predictions, tmp_path, damage):
-    """What the journal tells is written again: after a kill, or by another hand."""
-    finish(page)
-    out = tmp_path / "out" / "p1_ed"
-    audit, labels = json.loads((out / "audit.json").read_text()), (out / "segmentation.nii.gz").read_bytes()
-    if damage == "segmentation":
-        (out / "segmentation.nii.gz").unlink()
-    else:
-        (out / "audit.json").write_text('{"case": ' if damage == "audit" else json.dumps(audit | {"indices": {}}))
-    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
-    for _ in range(2):
-        assert other.client.get("/api/cases").json()[0]["status"] == "finished"
-    assert json.loads((out / "audit.json").read_text()) == audit
-    assert (out / "segmentation.nii.gz").read_bytes() == labels
-
-
-def test_a_journal_that_is_moved_away(page, predictions, tmp_path):
-    """Nothing is written behind its end; what an earlier review left goes when the case is begun anew."""
-    finish(page)
-    page.act("reopen")
-    path = tmp_path / "out" / "p1_ed" / "review.jsonl"
-    path.rename(tmp_path / "moved")
-    assert page.paint().status_code == 409 and not path.exists()
-    (tmp_path / "moved").rename(path)
-    finish(page)
-    path.unlink()
-    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))  # a start is not refused
-    other.open()
-    assert sorted(file.name for file in path.parent.iterdir()) == ["review.jsonl"]
-    path.write_bytes(path.read_bytes()[:20])
-    answer = other.paint()
-    assert answer.status_code >= 500 and "cut short" in answer.json()["error"] and path.stat().st_size == 20
-
-
 def test_other_predictions_than_those_begun_on(page, predictions, tmp_path):
     finish(page)
     labels = automatic()
@@ -529,6 +466,74 @@ def test_other_predictions_than_those_begun_on(page, predictions, tmp_path):
     assert answer.status_code == 422 and "begun on other predictions" in answer.json()["error"]
     rows = {row["case"]: row["status"] for row in other.client.get("/api/cases").json()}
     assert rows == {"p1_ed": "broken", "p1_es": "open"}
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_predictions_made_again_under_the_server(page, predictions, tmp_path, begun):
+    """Nothing of the old segmentation is written as a result of the new one; a review not begun yet is of the new."""
+    path, new = predictions / "p1_ed" / "segmentation.nii.gz", automatic()
+    old = path.read_bytes()
+    page.client.get("/api/state", params={"case": "p1_ed"})  # the server has read the case
+    if begun:
+        page.open()
+        page.paint()
+    new[40:44, 20:30, 0] = 0
+    save(path, new)
+    if begun:
+        for answer in (page.act("finish", incomplete=True), page.open(take_over=True)):
+            assert answer.status_code == 422 and "begun on other predictions" in answer.json()["error"]
+        assert page.client.get("/api/cases").json()[0]["status"] == "broken"
+        assert [file.name for file in (tmp_path / "out" / "p1_ed").iterdir()] == ["review.jsonl"]
+        path.write_bytes(old)  # as from a backup: the review goes on
+    else:
+        page.open()
+    assert page.act("finish", incomplete=True).status_code == 200
+    written = load(tmp_path / "out" / "p1_ed" / "segmentation.nii.gz")
+    assert (written[flagged() == 0] == load(path)[flagged() == 0]).all()
+
+
+def test_a_journal_moved_away_under_the_server(page, predictions, tmp_path):
+    """The review begins anew, as the messages promise; the journal can be put back as well."""
+    page.open()
+    page.paint()
+    path, old = tmp_path / "out" / "p1_ed" / "review.jsonl", tmp_path / "old.jsonl"
+    path.rename(old)
+    assert page.client.get("/api/cases").json()[0]["status"] == "open"
+    answer = page.paint()
+    assert answer.status_code == 409 and "is not open any more" in answer.json()["error"]
+    assert not page.open().json()["state"]["can_undo"]
+    assert page.paint().status_code == 200
+    assert [event["action"] for event in journal(tmp_path)] == ["begin", "open", "paint"]
+    path.unlink()
+    assert page.open().status_code == 200
+    path.unlink()
+    page.client.get("/api/state", params={"case": "p1_ed"})  # the server has read that there is none
+    old.rename(path)
+    assert page.open().json()["state"]["can_undo"]
+    assert [event["action"] for event in journal(tmp_path)] == ["begin", "open", "paint", "open"]
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_moving_the_journal_of_a_finished_case_begins_it_anew(page, predictions, tmp_path, restart):
+    """Its results go when the new review begins, so that nothing takes them for that one's."""
+    finish(page)
+    out = tmp_path / "out" / "p1_ed"
+    (out / "review.jsonl").rename(tmp_path / "old.jsonl")
+    page = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT)) if restart else page
+    assert page.client.get("/api/cases").json()[0]["status"] == "open"
+    assert not page.open().json()["state"]["finished"]
+    assert {path.name for path in out.iterdir()} == {"review.jsonl"}
+
+
+def test_a_correction_made_under_the_server_is_not_lost(page, predictions, tmp_path):
+    out = tmp_path / "out" / "p1_ed"
+    for case in ("p1_ed", "p1_es"):
+        save(tmp_path / "edited" / f"{case}.nii.gz", automatic())
+    assert not correct(predictions, tmp_path / "out", edited=tmp_path / "edited").failures
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    answer = page.open()
+    assert answer.status_code == 422 and "has a segmentation that no review made" in answer.json()["error"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
 
 
 def test_a_scan_that_has_changed_is_not_shown(page, tmp_path):
@@ -567,15 +572,52 @@ def test_a_reopened_case_has_no_result_until_it_is_finished_again(page, predicti
 
 
 def test_the_audit_of_a_phase_follows_the_other_phase(page, tmp_path):
-    def reviewed():
-        return json.loads((tmp_path / "out" / "p1_ed" / "audit.json").read_text())["indices"]["reviewed"]
-
     finish(page)
-    assert reviewed() == {"ED": True, "ES": False}
+    assert reviewed_phases(tmp_path, "p1_ed") == {"ED": True, "ES": False}
     finish(page, "p1_es")
-    assert reviewed() == {"ED": True, "ES": True}
+    assert reviewed_phases(tmp_path, "p1_ed") == {"ED": True, "ES": True}
     page.act("reopen")
-    assert reviewed() == {"ED": True, "ES": False}
+    assert reviewed_phases(tmp_path, "p1_ed") == {"ED": True, "ES": False}
+
+
+def reviewed_phases(tmp_path, case):
+    return json.loads((tmp_path / "out" / case / "audit.json").read_text())["indices"]["reviewed"]
+
+
+@pytest.mark.parametrize("first", ["p1_ed", "p1_es"])
+@pytest.mark.parametrize("action", ["finish", "reopen"])
+def test_a_server_killed_before_the_other_phases_audit_makes_it_up(predictions, tmp_path, first, action):
+    seat = Seat(predictions, tmp_path / "out")
+    page = Page(create_app(seat, TOKEN, PORT))
+    finish(page)
+    if action == "reopen":
+        finish(page, "p1_es")
+    page.open("p1_es")
+    seat.review("p1_es").act(page.session, {"id": "1", "action": action, "incomplete": True})  # killed after this
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    assert other.open(first).status_code == 200
+    expected = {"ED": True, "ES": action == "finish"}
+    assert reviewed_phases(tmp_path, "p1_ed") == expected
+    audit = tmp_path / "out" / "p1_es" / "audit.json"
+    assert reviewed_phases(tmp_path, "p1_es") == expected if action == "finish" else not audit.exists()
+
+
+def test_a_case_begun_anew_leaves_the_audit_of_the_other_phase(page, tmp_path):
+    finish(page)
+    finish(page, "p1_es")
+    (tmp_path / "out" / "p1_es" / "review.jsonl").unlink()
+    page.open("p1_es")
+    assert reviewed_phases(tmp_path, "p1_ed") == {"ED": True, "ES": False}
+
+
+@pytest.mark.parametrize("name", ["segmentation.nii.gz", "correction.json"])
+def test_a_removed_result_of_a_finished_case_is_written_again(page, predictions, tmp_path, name):
+    finish(page)
+    path = tmp_path / "out" / "p1_ed" / name
+    before = path.read_bytes()
+    path.unlink()
+    assert next(iter(Seat(predictions, tmp_path / "out").worklist()))["status"] == "finished"
+    assert path.read_bytes() == before
 
 
 def test_phases_of_a_long_cine(tmp_path):
@@ -599,6 +641,77 @@ def test_a_case_can_be_finished_beside_a_damaged_one(page, predictions, tmp_path
     assert audit["finished_utc"] and "missing" in audit["indices"]
     other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
     assert {row["case"]: row["status"] for row in other.client.get("/api/cases").json()}["p1_ed"] == "finished"
+
+
+QC = {
+    "detection": [None, [], {}, {"map": "bmap"}, {"map": "none", "regions": []}, {"map": [], "regions": []}],
+    "input": [None, "p1_es.nii.gz", {"path": None, "frame": None, "sha256": ""}, {"path": "p1_es.nii.gz"}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in QC.items() for value in values])
+def test_an_incomplete_qc_json_breaks_its_case_alone(predictions, tmp_path, key, value):
+    path = predictions / "p1_es" / "qc.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    page = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    rows = {row["case"]: row for row in page.client.get("/api/cases").json()}
+    assert {name: row["status"] for name, row in rows.items()} == {"p1_ed": "open", "p1_es": "broken"}
+    assert rows["p1_es"]["message"].startswith(f"{path}: no scan or no failure detection in it.")
+    answer = page.open("p1_es")
+    assert answer.status_code == 422 and answer.json()["error"] == rows["p1_es"]["message"]
+
+
+@pytest.mark.parametrize("scores", [None, [1], {"region_failure": None}, {"region_failure": "high"}])
+def test_cases_without_usable_scores_come_last(predictions, tmp_path, scores):
+    path = predictions / "p1_ed" / "qc.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": scores}))
+    assert [row["case"] for row in Seat(predictions, tmp_path / "out").worklist()] == ["p1_es", "p1_ed"]
+
+
+def test_a_journal_without_events_breaks_its_case_alone(page, tmp_path):
+    path = tmp_path / "out" / "p1_ed" / "review.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("[]\n")
+    rows = {row["case"]: row for row in page.client.get("/api/cases").json()}
+    assert rows["p1_es"]["status"] == "open" and rows["p1_ed"]["status"] == "broken"
+    assert rows["p1_ed"]["message"].startswith(f"{path}: a line is damaged (not a JSON object)")
+
+
+@pytest.mark.parametrize("change", [{"cases": None}, {"cases": []}, {"curve": [1, 2]}, {"ed_phase": []}])
+def test_a_phase_can_be_finished_beside_an_incomplete_cine_json(tmp_path, change):
+    cases = ["heart/phase00", "heart/phase01"]
+    cine = write_predictions(tmp_path, cases) / "heart" / "cine.json"
+    record = {"cases": cases, "curve": [{"phase": 0}, {"phase": 1}], "ed_phase": 0, "es_phase": 1}
+    cine.write_text(json.dumps(record | change))
+    page = Page(create_app(Seat(tmp_path / "run", tmp_path / "out"), TOKEN, PORT))
+    page.open(cases[0])
+    answer = page.act("finish", incomplete=True)
+    assert answer.status_code == 200
+    assert answer.json()["indices"]["missing"].startswith(f"{cine}: the heart's phases are not in it.")
+    assert (tmp_path / "out" / cases[0] / "audit.json").is_file()
+
+
+@pytest.mark.parametrize("content", ['{"case": "p1_ed"', "{}", "[]"])
+def test_a_damaged_audit_is_written_again(page, predictions, tmp_path, content):
+    finish(page)
+    audit = tmp_path / "out" / "p1_ed" / "audit.json"
+    before = audit.read_text()
+    audit.write_text(content)
+    assert next(iter(Seat(predictions, tmp_path / "out").worklist()))["status"] == "finished"
+    assert audit.read_text() == before
+
+
+def test_what_cannot_be_made_up_is_told_until_it_can(page, predictions, tmp_path):
+    finish(page)
+    audit = tmp_path / "out" / "p1_ed" / "audit.json"
+    audit.unlink()
+    audit.mkdir()
+    other = Page(create_app(Seat(predictions, tmp_path / "out"), TOKEN, PORT))
+    for _ in range(2):
+        row = other.client.get("/api/cases").json()[0]
+        assert row["status"] == "broken" and f"cannot write {audit}" in row["message"]
+    audit.rmdir()
+    assert other.client.get("/api/cases").json()[0]["status"] == "finished" and audit.is_file()
 
 
 def test_a_case_finished_before_all_was_decided(page, predictions, tmp_path):

@@ -207,6 +207,23 @@ def test_what_cannot_be_saved_does_not_count(tmp_path):
     assert journal.events == []
 
 
+def test_a_journal_that_was_moved_or_changed_is_not_continued(tmp_path):
+    path = tmp_path / "review.jsonl"
+    journal = Journal(path)
+    journal.append({"n": 0})
+    journal.append({"n": 1})
+    for content in (None, b"", path.read_bytes()[:-9], b"\0" * journal.size):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(OutputError, match="removed or changed under the server: open the case again"):
+            journal.append({"n": 2})
+        assert path.is_file() == (content is not None) and (content is None or path.read_bytes() == content)
+    assert [event["n"] for event in journal.events] == [0, 1]
+    late = Journal(tmp_path / "late.jsonl")
+    late.path.write_bytes(b'{"n": 0}\n')  # put back before the first event
+    with pytest.raises(OutputError, match="changed under the server"):
+        late.append({"n": 0})
+
+
 def write_events(path, output):
     journal, pipe = Journal(path), open(output, "w", buffering=1)
     for n in range(len(journal.events), len(journal.events) + 100000):
