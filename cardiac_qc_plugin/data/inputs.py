@@ -220,7 +220,9 @@ def listed_files(path: Path, root: Path, fold: int | None) -> Iterator[InputFile
             continue
         if fold is None or is_number(item.get("fold"), fold):
             if "image" not in item:
-                raise ValueError(f"{path}: item {number} has no 'image', only {sorted(item)}. This has to be {kind}.")
+                raise ValueError(
+                    f"{path}: item {number} has no 'image', only {sorted(map(str, item))}. This has to be {kind}."
+                )
             if not isinstance(item["image"], str) or not item["image"]:
                 raise ValueError(f"{path}: item {number} names no image. Give its file, or remove the item.")
             yield InputFile(root / item["image"], given_case(path, item.get("case")))

@@ -75,6 +75,7 @@ def check_labels(labels: np.ndarray, name: str) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # nan is no label either
         whole = labels.round().astype(np.uint8)
         known = (np.abs(labels - whole) <= 1e-3) & (whole <= max(CLASS_NAMES))  # ten times as fast as np.isin
+        known &= (labels > -1) & (labels < max(CLASS_NAMES) + 1)  # a difference of integers may have overflown
     if not known.all():
         listed = ", ".join(f"{label} {structure}" for label, structure in CLASS_NAMES.items())
         raise ValueError(

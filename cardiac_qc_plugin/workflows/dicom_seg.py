@@ -98,7 +98,7 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
             for folder, planes in zip(folders, images, strict=True):
                 try:
                     written += _write_phase(folder, planes, sources, read)
-                except ValueError as error:
+                except (ValueError, AttributeError, TypeError) as error:  # highdicom's, of a tag that is absent or odd
                     failures[folder.relative_to(predictions).as_posix()] = str(error)
     lines = [f"{written} DICOM Segmentation(s) in {predictions}."]
     lines += [f"FAILED {case}: {message}" for case, message in failures.items()]

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -242,10 +242,10 @@ class CaseRecord:
         return self.qc
 
 
-def forget(output: Path, case: str) -> None:
-    """Remove what earlier runs made of an input that cannot be read any more, all its phases if it was a cine."""
+def forget(output: Path, case: str, keep: Collection[str] = ()) -> None:
+    """Remove what earlier runs made of an input: all its phases if it was a cine, but those to keep."""
     phases = [f"{case}/{folder.name}" for folder in (output / case).glob("phase*")]
-    for name in (case, *phases):
+    for name in (name for name in (case, *phases) if name not in keep and (output / name / "qc.json").is_file()):
         with suppress(ValueError):  # a damaged qc.json, which later commands name
             CaseRecord(output, name).invalidate("segmentation")
 
@@ -402,6 +402,9 @@ def process(
     Returns:
         Content of ``qc.json`` of the finished cases, (case, reason) of the others, and content of each ``cine.json``.
     """
+    names = {scan.case for scan in scans}
+    for own in {match[1] if (match := PHASE.fullmatch(name)) else name for name in names}:
+        forget(output, own, keep=names)  # phases of an earlier cine of this name, or that there is one
     if preview is None:
         cases, failures = each_scan(scans, output, predictors)
         plans = {}

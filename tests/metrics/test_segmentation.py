@@ -155,6 +155,13 @@ def test_unknown_label_is_quoted(value, quoted):
         dice_and_hausdorff(prediction, heart(), SPACING)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint64])
+def test_the_ends_of_integers_are_no_labels(dtype):
+    for value in {np.iinfo(dtype).min, np.iinfo(dtype).max} - {0}:
+        with pytest.raises(ValueError, match="labels has the values"):
+            check_labels(np.full((2, 2, 2), value, dtype), "labels")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_exchanged_ventricles_are_refused(seed):
     """And nothing else is: no side of the body, and no label map that lacks a structure."""

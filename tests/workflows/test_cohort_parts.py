@@ -115,6 +115,9 @@ def test_manifest_without_images(tmp_path):
     (tmp_path / "list.csv").write_text("file\na.nii\n")
     with pytest.raises(ValueError, match=r"list\.csv: item 1 has no 'image', only \['file'\]\. This"):
         list(input_files(tmp_path / "list.csv"))
+    (tmp_path / "list.csv").write_text("image;case\na.nii;b,c\n")  # a spreadsheet's separator, and a cell too many
+    with pytest.raises(ValueError, match=r"list\.csv: item 1 has no 'image', only \['None', 'image;case'\]\. This"):
+        list(input_files(tmp_path / "list.csv"))
 
 
 def test_doubled_names_of_a_manifest(journal, tmp_path):

@@ -171,6 +171,15 @@ def test_what_cannot_be_done_is_said(tmp_path):
     assert case == record.parent.name and f"{record}: cannot be read as JSON" in message
 
 
+def test_a_tag_that_highdicom_cannot_do_without_fails_its_case_alone(tmp_path):
+    write(tmp_path / "in", cine(lambda z, t: {"Modality": None} if t == 0 else {}))
+    run_on(tmp_path / "in", tmp_path / "out")
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.text.startswith(f"{2 * (PHASES - 1)} DICOM Segmentation(s)")
+    ((case, message),) = outcome.failures.items()
+    assert case.endswith("phase00") and "Modality" in message
+
+
 def test_an_image_that_cannot_be_opened_is_missing(tmp_path, monkeypatch):
     files = write(tmp_path / "in", cine())
     run_on(tmp_path / "in", tmp_path / "out")

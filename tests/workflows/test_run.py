@@ -267,6 +267,23 @@ def test_results_of_a_cine_that_broke_meanwhile_are_removed(predictors, tmp_path
     assert [(row["case"], row["status"]) for row in folder_rows(output, {})] == [("scan", "failed")]
 
 
+@pytest.mark.parametrize("phases", [2, 1])
+def test_phases_of_an_earlier_longer_cine_are_removed(predictors, tmp_path, phases):
+    """Of one with fewer phases now, or of a file that is no cine any more; and the other way round."""
+    source, output = tmp_path / "scan.nii.gz", tmp_path / "out"
+    volume = np.stack([stack()] * 3, axis=-1)
+
+    def done(array):
+        nib.save(nib.Nifti1Image(array, np.diag([2.5, 2.5, 20, 1])), source)
+        run(find_scans(source), output, *predictors)
+        return [row["case"] for row in folder_rows(output, {})]
+
+    assert len(done(volume)) == 3
+    left = ["scan/phase00", "scan/phase01"] if phases == 2 else ["scan"]
+    assert done(volume[..., :2] if phases == 2 else volume[..., 0]) == left
+    assert len(done(volume)) == len(list(output.rglob("segmentation.nii.gz"))) == 3
+
+
 def test_a_structure_that_no_sample_found_is_urgent():
     detection = {"expected_failing_regions": 3.0}
     found = scores({"samples": 10, "pairwise_dice": {"RV": 0.9, "LVM": 0.9, "LV": 0.9}}, detection)
