@@ -56,8 +56,9 @@ def find_regions(flagged: np.ndarray, probability: np.ndarray) -> dict[int, Regi
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What undo takes back and redo does again: labels at voxels, decisions, and the region looked at."""
+    """What undo takes back and redo does again: labels at voxels of regions, decisions, and the region looked at."""
 
+    regions: list[int]
     where: tuple[np.ndarray, ...]
     before: np.ndarray
     after: np.ndarray
@@ -203,16 +204,17 @@ class ReviewState:
     def _paint(self, event: dict[str, Any]) -> None:
         voxels = _pairs(event["voxels"])
         where = voxels[:, 0], voxels[:, 1], np.full(len(voxels), event["slice"])
-        before = self.labels[where]
+        before, numbers = self.labels[where], np.unique(self.flagged[where]).tolist()
         self.labels[where] = event["label"]
-        self._did(Step(where, before, self.labels[where], self.decided, self.decided, self.position, self.position))
-        self._note(event, np.unique(self.flagged[where]).tolist(), before, self.labels[where])
+        after = self.labels[where]
+        self._did(Step(numbers, where, before, after, self.decided, self.decided, self.position, self.position))
+        self._note(event, numbers, before, after)
 
     def _decide(self, event: dict[str, Any]) -> None:
         numbers, before, position = event["regions"], self.decided, self.position
         self.decided = before | dict.fromkeys(numbers, event["decision"])
         self.position = self.next_open(position if position in numbers else numbers[0])
-        self._did(Step(NOWHERE, NO_LABELS, NO_LABELS, before, self.decided, position, self.position))
+        self._did(Step(numbers, NOWHERE, NO_LABELS, NO_LABELS, before, self.decided, position, self.position))
         self._note(event, numbers)
 
     def _did(self, step: "Step") -> None:
@@ -224,14 +226,14 @@ class ReviewState:
         self.labels[step.where] = step.before
         self.decided, self.position = step.decided_before, step.position_before
         self.undone.append(step)
-        self._note(event, np.unique(self.flagged[step.where]).tolist(), step.after, step.before)
+        self._note(event, step.regions, step.after, step.before)
 
     def _redo(self, event: dict[str, Any]) -> None:
         step = self.undone.pop()
         self.labels[step.where] = step.after
         self.decided, self.position = step.decided_after, step.position_after
         self.done.append(step)
-        self._note(event, np.unique(self.flagged[step.where]).tolist(), step.before, step.after)
+        self._note(event, step.regions, step.before, step.after)
 
     def _visit(self, event: dict[str, Any]) -> None:
         self.position = event["region"]

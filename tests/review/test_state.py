@@ -102,6 +102,23 @@ def test_decisions_on_unknown_regions(player, regions):
         player.do("decide", regions=regions, decision="accepted")
 
 
+def test_the_trail_tells_of_which_regions_an_action_was_taken_back(player):
+    player.do("paint", **stroke([[16, 16]]))
+    player.do("decide", regions=[2, 3], decision="accepted")
+    for action in ("undo", "undo", "redo", "redo"):
+        player.do(action)
+    painted, decided = (1, "1"), (player.state.regions[2].slice, "2 3")
+    told = [(row["action"], (row["slice"], row["regions"])) for row in player.state.trail[1:]]
+    assert told == [
+        ("paint", painted),
+        ("decide", decided),
+        ("undo", decided),
+        ("undo", painted),
+        ("redo", painted),
+        ("redo", decided),
+    ]
+
+
 def test_undo_and_redo_against_snapshots(player):
     """A random walk over strokes, decisions, undo and redo; the oracle keeps whole copies."""
     rng = np.random.default_rng(0)

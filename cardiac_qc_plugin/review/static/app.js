@@ -184,6 +184,9 @@ async function refused(name, problem, lost) {
   const notSaved = lost > 1 ? ` ${lost} actions were not saved.` : "";
   if (problem.status === 409 || problem.status === 403) {
     const text = problem.message + notSaved;
+    open.stroke = null; // nobody will have it
+    open.volume.setLabels(open.state.labels);
+    refresh();
     if (problem.status === 403) return tell(text);
     return ask(text, { "Take it over again": () => openCase(name, true), "All cases": showWorklist });
   }
@@ -193,7 +196,7 @@ async function refused(name, problem, lost) {
 
 function act(action) {
   if (open.state.finished && !["reopen", "visit"].includes(action.action)) {
-    return ask("This case is finished.", { "Open it again": () => open.queue.send({ action: "reopen" }), "Leave it": () => {} });
+    return ask("This case is finished.", { "Open it again": () => act({ action: "reopen" }), "Leave it": () => {} });
   }
   open.queue.send(action);
 }
