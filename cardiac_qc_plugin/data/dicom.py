@@ -5,6 +5,7 @@ names, SliceLocation and the order of files mean nothing. docs/inputs.md lists w
 """
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -456,20 +457,31 @@ def _phases(planes: list[Plane], notes: list[str]) -> list[Plane]:
         if len(chosen) < len(planes):
             notes.append("A slice was acquired several times; the last series is used.")
         return sorted(chosen, key=lambda plane: plane.instance)
-    # Acquisitions follow each other, so the trigger time falls where a new one starts.
     ordered = sorted(planes, key=lambda p: (p.series_number, p.series, p.instance if by_number else 0, p.time))
     runs: list[list[Plane]] = []
     for plane in ordered:
         if not runs or plane.series != runs[-1][-1].series or plane.time <= runs[-1][-1].time:
             runs.append([])
         runs[-1].append(plane)
-    if len(runs) > 1 and min(map(len, runs)) > 0.6 * max(map(len, runs)) and len(runs[-1]) >= MIN_PHASES:
+    if len(runs[-1]) >= MIN_PHASES and min(map(len, runs)) > 0.6 * max(map(len, runs)) and not _one_cycle(runs):
         notes.append("A slice was acquired several times; the last acquisition is used.")
         return runs[-1]
     latest = {plane.time: plane for plane in ordered}  # instance numbers say nothing about time here
     if len(latest) < len(planes):
         notes.append("Several images have the same position and trigger time; the one with the last number is used.")
     return [latest[time] for time in sorted(latest)]
+
+
+def _one_cycle(runs: list[list[Plane]]) -> bool:
+    """Whether runs of rising trigger times are parts of one acquisition, whose numbers do not follow the cycle.
+
+    Either the R wave came within the numbers, and the runs' times do not overlap; or the runs took turns, and their
+    times mesh in even steps, as those of two acquisitions would not.
+    """
+    runs = sorted(runs, key=lambda run: run[0].time)
+    apart = all(run[-1].time < following[0].time for run, following in itertools.pairwise(runs))
+    steps = np.diff(sorted(plane.time for run in runs for plane in run))
+    return apart or steps.min() > 0.5 * steps.max()
 
 
 def _resampled(column: list[Plane], count: int, times: list[float], notes: list[str]) -> list[Plane]:

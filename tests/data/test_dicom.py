@@ -273,6 +273,25 @@ def test_slice_acquired_twice(tmp_path):
     assert stack.notes == ["A slice was acquired several times; the last acquisition is used."]
 
 
+NUMBERS = {  # of phases in order of time
+    "from the middle of the cycle": lambda t: (t + 9) % 16,
+    "odd phases first": lambda t: (t + 1) % 2 * 8 + t // 2,
+    "every fourth phase": lambda t: t % 4 * 4 + t // 4,
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("uneven", [0, 0.02])  # then where the R wave came within the numbers tells
+def test_numbers_that_do_not_follow_the_cycle_are_one_acquisition(tmp_path, numbers, uneven):
+    def change(z, t):
+        return {"InstanceNumber": NUMBERS[numbers](t) + 1, "TriggerTime": 40.0 * t * (1 + uneven * t)}
+
+    write(tmp_path, cine(change, phases=16))
+    stack = only(stacks_in(tmp_path))
+    check(stack, phases=range(16))
+    assert stack.notes == []
+
+
 def test_missing_image_takes_the_nearest_phase(tmp_path):
     write(tmp_path, cine(lambda z, t: None if (z, t) == (1, 3) else {"TriggerTime": 40.0 * t + z}))
     stack = only(stacks_in(tmp_path))
