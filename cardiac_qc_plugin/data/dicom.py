@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset, config, dcmread
+from pydicom import Dataset, FileMetaDataset, config, dcmread
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
     EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     LegacyConvertedEnhancedMRImageStorage,
     MediaStorageDirectoryStorage,
     MRImageStorage,
+    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
 )
 
 from .predictions import files_below
@@ -31,6 +35,7 @@ __all__ = [
     "Plane",
     "Skipped",
     "Stack",
+    "decode_frames",
     "dicom_files",
     "find_stacks",
     "read_phase",
@@ -551,19 +556,52 @@ def without_names(text: str, names: Iterable[str]) -> str:
     return re.sub(name, "...", text, flags=re.IGNORECASE) if parts else text
 
 
-def read_phase(planes: Sequence[Plane]) -> np.ndarray:
+def decode_frames(file: Path) -> np.ndarray:
+    """Stored values of all frames of a file, (frame, row, column), where pydicom has no decoder or the file no meta.
+
+    Raises:
+        ValueError: if the file cannot be decoded; the message has its name.
+    """
+    try:
+        image = dcmread(file, force=True)
+        syntax = ImplicitVRLittleEndian if image.original_encoding[0] else ExplicitVRLittleEndian
+        syntax = image.file_meta.get("TransferSyntaxUID", syntax)
+        # the pixels alone: ITK would refuse frames that share a position, and scale all frames as the first
+        pixels = Dataset({tag: image[tag] for tag in image.keys() if tag.group in (0x0028, 0x7FE0)})
+        for name in ("RescaleSlope", "RescaleIntercept"):
+            pixels.pop(name, None)
+        pixels.SOPClassUID, pixels.SOPInstanceUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage, "1.2"
+        pixels.file_meta = FileMetaDataset()
+        pixels.file_meta.TransferSyntaxUID = syntax
+        if not syntax.is_encapsulated:
+            return pixel_array(pixels, raw=True).reshape(-1, image.Rows, image.Columns)
+        import itk  # large, and rarely needed
+
+        with TemporaryDirectory() as folder:
+            pixels.save_as(path := Path(folder, "image.dcm"), enforce_file_format=True)
+            return itk.array_from_image(itk.imread(str(path), imageio=itk.GDCMImageIO.New()))
+    except Exception as error:  # ITK's and pydicom's, of many kinds and with the path
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(f"{file.name}: its pixels cannot be decoded ({reason}).") from error
+
+
+def read_phase(planes: Sequence[Plane], decode: Callable[[Path], np.ndarray] = decode_frames) -> np.ndarray:
     """The slices of a phase, (column, row, slice): the scanner's values, int16 where they are integers, else float32.
+
+    Args:
+        planes: its planes.
+        decode: :func:`decode_frames`; with a cache for several phases, as it decodes all of a multi-frame file.
 
     Raises:
         ValueError: if an image cannot be decoded; the message has the file's name.
     """
-    slices = np.stack([_pixels(plane).T for plane in planes], axis=-1)
+    slices = np.stack([_pixels(plane, decode).T for plane in planes], axis=-1)
     whole = np.array_equal(slices, np.round(slices)) and slices.min() >= -(2**15) and slices.max() < 2**15
     return slices.astype(np.int16 if whole else np.float32)
 
 
-def _pixels(plane: Plane) -> np.ndarray:
-    """A plane's values, (row, column): by pydicom, or by ITK where it has no decoder or the file no meta group."""
+def _pixels(plane: Plane, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """A plane's values, (row, column)."""
     try:
         with config.disable_value_validation():
             stored = pixel_array(plane.file, index=plane.index, raw=True)
@@ -572,20 +610,10 @@ def _pixels(plane: Plane) -> np.ndarray:
             # an OSError has the path, and folders may be named by patients
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else error
             raise ValueError(f"{plane.file.name}: its pixels cannot be read ({reason}). Fetch it again.") from error
-        return _pixels_by_itk(plane)
+        stored = decode(plane.file)[plane.index]
     if stored.shape != plane.shape:
         raise ValueError(f"{plane.file.name}: {stored.shape} pixels, but its header says {plane.shape}.")
     return stored.astype(np.float64) * plane.slope + plane.intercept
-
-
-def _pixels_by_itk(plane: Plane) -> np.ndarray:
-    import itk  # large, and rarely needed
-
-    try:
-        image = itk.imread(str(plane.file), imageio=itk.GDCMImageIO.New())
-    except RuntimeError as error:
-        raise ValueError(f"{plane.file.name}: its pixels cannot be decoded.") from error
-    return itk.array_from_image(image)[plane.index].astype(np.float64)  # rescaled by ITK
 
 
 def stack_digest(stack: Stack) -> str:

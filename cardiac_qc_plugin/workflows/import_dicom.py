@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import nibabel as nib
 from cardiac_qc_plugin.data.dicom import (
     Skipped,
     Stack,
+    decode_frames,
     dicom_files,
     find_stacks,
     read_phase,
@@ -150,9 +152,10 @@ def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
         write_json(record, _series(stack))
         for folder in set((output / name).glob("phase*")) - {path.parent for path in images}:
             shutil.rmtree(folder)  # of an import with more phases
+        decode = lru_cache(len(stack.phases[0]))(decode_frames)  # slices may be multi-frame files of their own
         for planes, path in zip(stack.phases, images, strict=True):
             try:
-                image = nib.Nifti1Image(read_phase(planes), stack.affine)
+                image = nib.Nifti1Image(read_phase(planes, decode), stack.affine)
             except ValueError as error:
                 record.unlink()
                 raise ValueError(without_names(str(error), [stack.names["patient_name"]])) from error

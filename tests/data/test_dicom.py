@@ -21,7 +21,7 @@ from dicom_files import (
 )
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.dataelem import RawDataElement
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.tag import Tag
 from pydicom.uid import (
     JPEG2000Lossless,
@@ -166,6 +166,35 @@ def compress_by_itk(ds, scratch):
     ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     ds.PixelData = made.PixelData
     ds["PixelData"].VR = "OB"
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_multi_frame_read_by_itk_with_a_scaling_for_each_frame(tmp_path, meta):
+    write(tmp_path / "in", [scaled_multi_frame(tmp_path / "scratch.dcm")])
+    if not meta:
+        ds = scaled_multi_frame()
+        del ds.file_meta
+        dcmwrite(tmp_path / "in" / "IM0000", ds, implicit_vr=False, little_endian=True)
+    voxels = read_phase(only(stacks_in(tmp_path / "in")).phases[1])
+    np.testing.assert_allclose(voxels, np.stack([value(z, 1).T * (1.5 + z) - 3 for z in range(SLICES)], axis=-1))
+
+
+def scaled_multi_frame(scratch=None):
+    """One file whose scaling differs from slice to slice; compressed by way of the scratch file."""
+    pairs = [(z, t) for t in range(PHASES) for z in range(SLICES)]
+    ds = enhanced(pairs)
+    for (z, _), frame in zip(pairs, ds.PerFrameFunctionalGroupsSequence, strict=True):
+        scaling = Dataset()
+        scaling.RescaleSlope, scaling.RescaleIntercept, scaling.RescaleType = 1.5 + z, -3.0, "US"
+        frame.PixelValueTransformationSequence = [scaling]
+    if scratch is not None:
+        images = [image(z, t) for z, t in pairs]
+        for single in images:
+            compress_by_itk(single, scratch)
+        ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+        ds.PixelData = encapsulate([next(generate_frames(i.PixelData, number_of_frames=1)) for i in images])
+        ds["PixelData"].VR = "OB"
+    return ds
 
 
 def two_studies(folder):
@@ -512,6 +541,24 @@ def test_truncated_pixels_are_an_error_that_names_the_file(tmp_path):
     files[3].write_bytes(files[3].read_bytes()[:-20])
     stack = only(stacks_in(tmp_path))
     with pytest.raises(ValueError, match=r"IM0003: its pixels cannot be read"):
+        read_phase(stack.phases[3])
+
+
+@pytest.mark.filterwarnings("ignore:.*file")
+@pytest.mark.parametrize("cut", [20, 100])  # within the pixels, and before them
+@pytest.mark.parametrize("compressed", [True, False])
+def test_truncated_pixels_that_pydicom_does_not_read_from_the_file(tmp_path, cut, compressed):
+    for i, ds in enumerate(cine()):
+        if compressed:
+            compress_by_itk(ds, tmp_path / "scratch.dcm")
+            ds.save_as(tmp_path / f"{i}", enforce_file_format=True)
+        else:
+            del ds.file_meta
+            dcmwrite(tmp_path / f"{i}", ds, implicit_vr=False, little_endian=True)
+    (tmp_path / "scratch.dcm").unlink(missing_ok=True)
+    stack = only(stacks_in(tmp_path))
+    (tmp_path / "3").write_bytes((tmp_path / "3").read_bytes()[:-cut])
+    with pytest.raises(ValueError, match="3: its pixels cannot be"):
         read_phase(stack.phases[3])
 
 

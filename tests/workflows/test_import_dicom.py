@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom import dcmwrite
 from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
@@ -20,7 +21,7 @@ from cardiac_qc_plugin.workflows.files import OutputError, read_volume
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from dicom_files import GAP, PHASES, ROOT, cine, position, set_pixels, value, write  # noqa: E402
+from dicom_files import GAP, PHASES, ROOT, cine, enhanced, position, set_pixels, value, write  # noqa: E402
 
 
 def test_phases_as_nifti(tmp_path):
@@ -51,6 +52,24 @@ def test_a_second_run_writes_nothing_and_another_image_does(tmp_path):
     images[0].save_as(files[0], enforce_file_format=True)
     gather_scans(tmp_path / "in", tmp_path / "out")
     np.testing.assert_array_equal(np.asarray(nib.load(scans[0].path).dataobj)[..., 0], value(0, 0).T + 5)
+
+
+@pytest.mark.parametrize("files", ["one", "one per slice"])
+def test_a_multi_frame_file_is_decoded_once(tmp_path, monkeypatch, files):
+    pairs = [(z, t) for z in range(5) for t in range(PHASES)]
+    images = [enhanced(pairs)] if files == "one" else [enhanced(pairs[n * PHASES : (n + 1) * PHASES]) for n in range(5)]
+    for i, ds in enumerate(images):
+        ds.SOPInstanceUID = f"{ROOT}5.{i}"
+        del ds.file_meta
+        (tmp_path / "in").mkdir(exist_ok=True)
+        dcmwrite(tmp_path / "in" / f"{i}", ds, implicit_vr=False, little_endian=True)
+    decoded, decode = [], import_dicom.decode_frames
+    monkeypatch.setattr(import_dicom, "decode_frames", lambda file: (decoded.append(file.name), decode(file))[1])
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    for t, scan in enumerate(scans):
+        expected = np.stack([value(z, t).T for z in range(5)], axis=-1)
+        np.testing.assert_array_equal(np.asarray(nib.load(scan.path).dataobj), expected)
+    assert len(scans) == PHASES and sorted(decoded) == [f"{i}" for i in range(len(images))]
 
 
 def test_names_of_cases(tmp_path):
