@@ -129,6 +129,16 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A series by its files, also where no cine comes of it; attributes as of :class:`Plane` and :class:`Stack`."""
+
+    study: str
+    series: str
+    series_number: int
+    names: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Images that were left out: a series, or part of one.
 
@@ -150,10 +160,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Contents:
-    """The short-axis cines of a folder, and what else is in it."""
+    """The short-axis cines of a folder, what else is in it, and all series that were asked for."""
 
     stacks: list[Stack]
     skipped: list[Skipped]
+    series: list[Series]
 
 
 def dicom_files(path: str | Path) -> list[Path]:
@@ -193,7 +204,7 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
     Returns:
         Stacks by study and series number, and what was left out. No text has a patient's name in it.
     """
-    planes, skipped, headers = _read_headers(files)
+    planes, skipped, headers, found = _read_headers(files)
     times, unique = Counter(map(_identity, planes)), {}
     for plane in planes:
         unique.setdefault(_identity(plane), plane)
@@ -220,12 +231,14 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
     return Contents(
         stacks,
         [replace(s, series=without_names(s.series, names), reason=without_names(s.reason, names)) for s in skipped],
+        [one for one in found if not series or one.series_number in series],
     )
 
 
-def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], dict[Path, Dataset]]:
-    """Planes of all files that have any; the others by series and reason; the headers."""
+def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], dict[Path, Dataset], list[Series]]:
+    """Planes of all files that have any; the others by series and reason; the headers; the series."""
     planes: list[Plane] = []
+    found: dict[tuple[str, str, int], Series] = {}
     reasons: Counter[tuple[str, str]] = Counter()
     headers: dict[Path, Dataset] = {}
     with config.disable_value_validation():  # UIDs with leading zeros, invalid dates
@@ -237,6 +250,8 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], di
                 if header.get("SOPClassUID") != MediaStorageDirectoryStorage:
                     of_series = "SOPClassUID" in header and ("SeriesInstanceUID" in header or "Rows" in header)
                     label = _label(header) if of_series else damaged
+                    key = _series(file, header)
+                    found.setdefault(key, Series(*key, _names(header, file)))
                     planes += _planes(file, header)
             except UnusableError as error:
                 reasons[label, str(error)] += 1
@@ -244,7 +259,20 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], di
                 reasons[damaged, f"cannot be read ({error.strerror or error})"] += 1
             except Exception as error:  # pydicom's errors are of many kinds
                 reasons[damaged, f"cannot be read as DICOM ({type(error).__name__}: {error})"] += 1
-    return planes, [Skipped(label, count, reason) for (label, reason), count in reasons.items()], headers
+    skipped = [Skipped(label, count, reason) for (label, reason), count in reasons.items()]
+    return planes, skipped, headers, list(found.values())
+
+
+def _series(file: Path, header: Dataset) -> tuple[str, str, int]:
+    """UIDs of study and series, the folder's digest where they were removed, and SeriesNumber, -1 without one."""
+    folder = f"none, {_digest(file.parent)}"
+    study = str(header.get("StudyInstanceUID") or folder)
+    series = str(header.get("SeriesInstanceUID") or f"{folder} {header.get('SeriesNumber')}")
+    return study, series, -1 if (number := _integer(header.get("SeriesNumber"))) is None else number
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(str(path).encode()).hexdigest()[:16]
 
 
 def _label(source: Plane | Dataset) -> str:
@@ -315,7 +343,7 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
     time = trigger.get("TriggerTime", trigger.get("NominalCardiacTriggerDelayTime"))
     content = group("FrameContent")
     instance = header.get("InstanceNumber") if content is header else content.get("TemporalPositionIndex", index)
-    folder, path = (f"none, {hashlib.sha256(str(p).encode()).hexdigest()[:16]}" for p in (file.parent, file))
+    study, series, number = _series(file, header)
     text = "|".join(
         str(header.get(name) or "").replace("|", " ") for name in ("SeriesDescription", "ProtocolName", "SequenceName")
     )
@@ -323,11 +351,11 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
     return Plane(
         file=file,
         index=index,
-        uid=str(header.get("SOPInstanceUID") or path),
-        study=str(header.get("StudyInstanceUID") or folder),
-        series=str(header.get("SeriesInstanceUID") or f"{folder} {header.get('SeriesNumber')}"),
+        uid=str(header.get("SOPInstanceUID") or f"none, {_digest(file)}"),
+        study=study,
+        series=series,
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
-        series_number=-1 if (number := _integer(header.get("SeriesNumber"))) is None else number,
+        series_number=number,
         instance=_integer(instance),
         text="|".join([text, " ".join([kind] if isinstance(kind, str) else kind)]),
         position=numbers["ImagePositionPatient"],

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +18,7 @@ from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.workflows import import_dicom
-from cardiac_qc_plugin.workflows.files import OutputError, read_volume
+from cardiac_qc_plugin.workflows.files import OutputError, read_volume, write_json
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -70,6 +71,63 @@ def test_a_multi_frame_file_is_decoded_once(tmp_path, monkeypatch, files):
         expected = np.stack([value(z, t).T for z in range(5)], axis=-1)
         np.testing.assert_array_equal(np.asarray(nib.load(scan.path).dataobj), expected)
     assert len(scans) == PHASES and sorted(decoded) == [f"{i}" for i in range(len(images))]
+
+
+def results_in(output):
+    """Cases with a segmentation, in order."""
+    return sorted(path.parent.relative_to(output).as_posix() for path in output.rglob("segmentation.nii.gz"))
+
+
+def as_run(scans, output):
+    """What a run leaves of the scans, in short."""
+    for scan in scans:
+        write_json(output / scan.case / "qc.json", {"case": scan.case, "stages": {"segmentation": {}}})
+        (output / scan.case / "segmentation.nii.gz").touch()
+
+
+def gather_unless_nothing(folder, output, **options):
+    with suppress(ValueError):  # no short-axis cine
+        gather_scans(folder, output, **options)
+
+
+@pytest.mark.parametrize("name_by", ["study", "patient_id"])
+@pytest.mark.parametrize("missing", [(2, 3), (0, 1, 2, 3, 4)])
+def test_results_of_a_series_that_gives_no_cine_any_more_are_removed(tmp_path, missing, name_by):
+    """It failed, of slices at unequal distances, or was skipped, of too few."""
+    files = write(tmp_path / "in" / "a", cine(slices=7))
+    uids = {"StudyInstanceUID": f"{ROOT}22", "SeriesInstanceUID": f"{ROOT}23", "PatientID": "MRN4712"}
+    write(tmp_path / "in" / "b", cine(lambda z, t: uids | {"SOPInstanceUID": f"{ROOT}9.{z}.{t}"}))
+    scans = gather_scans(tmp_path / "in", tmp_path / "out", name_by=name_by).scans
+    as_run(scans, tmp_path / "out")
+    assert results_in(tmp_path / "out") == sorted(scan.case for scan in scans)
+    for z in missing:
+        for t in range(PHASES):
+            files[z * PHASES + t].unlink()
+    gather_unless_nothing(tmp_path / "in" / "a", tmp_path / "out", name_by=name_by, series=(8,))  # not asked for
+    assert results_in(tmp_path / "out") == sorted(scan.case for scan in scans)
+    kept = gather_scans(tmp_path / "in", tmp_path / "out", name_by=name_by).scans
+    assert len(kept) == PHASES and results_in(tmp_path / "out") == sorted(scan.case for scan in kept)
+
+
+def test_results_of_a_series_without_any_valid_image_are_removed(tmp_path):
+    write(tmp_path / "in", cine())
+    as_run(gather_scans(tmp_path / "in", tmp_path / "out").scans, tmp_path / "out")
+    write(tmp_path / "in", cine(lambda z, t: {"PixelSpacing": None}))
+    gather_unless_nothing(tmp_path / "in", tmp_path / "out")
+    assert results_in(tmp_path / "out") == []
+
+
+def test_results_of_a_second_stack_that_a_series_has_no_more_are_removed(tmp_path):
+    for number in (1, 2):
+        images = cine(lambda z, t, n=number: {"SOPInstanceUID": f"{ROOT}1.{z + 1}.{t + 1}.{n}"})
+        for image in images:
+            set_pixels(image, np.zeros((6, 4 + number), np.int16))
+        write(tmp_path / "in" / f"{number}", images)
+    as_run(gather_scans(tmp_path / "in", tmp_path / "out").scans, tmp_path / "out")
+    assert len(results_in(tmp_path / "out")) == 2 * PHASES
+    shutil.rmtree(tmp_path / "in" / "2")
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert results_in(tmp_path / "out") == [scan.case for scan in scans]
 
 
 def test_names_of_cases(tmp_path):
