@@ -397,7 +397,7 @@ def _alike(a: Plane, b: Plane) -> bool:
     return (
         (a.study, a.shape) == (b.study, b.shape)  # not the frame of reference: some de-identifiers draw one per file
         and np.allclose(a.spacing, b.spacing, rtol=1e-3)
-        and bool(np.all((a.orientation * b.orientation).sum(axis=1) > 0.9999))  # within 0.8 degrees
+        and bool(np.all(abs((a.orientation * b.orientation).sum(axis=1)) > 0.9999))  # within 0.8 degrees, or mirrored
         and bool(_no_cine(a)) == bool(_no_cine(b))
     )
 
@@ -456,6 +456,11 @@ def _check_chosen(group: list[Plane], series: Sequence[int]) -> None:
 
 def _arrange(group: list[Plane]) -> Stack:
     """Sort planes into slices and phases, and work out the grid they lie on."""
+    if any(((plane.orientation * group[0].orientation).sum(axis=1) < 0).any() for plane in group):
+        raise UnusableError(
+            "some of its images are stored mirrored or upside down against the others (ImageOrientationPatient); "
+            "export it again with all images in one orientation"
+        )
     notes: list[str] = []
     columns = [_phases(planes, notes) for planes in _positions(group)]
     count = max(Counter(map(len, columns)).items(), key=lambda item: (item[1], item[0]))[0]

@@ -456,6 +456,11 @@ REFUSED = {
         "shifted in plane against each other by up to 9.0 mm",
         True,
     ),
+    "every other slice mirrored": (
+        lambda z, t: other_axes((-1) ** z * SHORT_AXIS[0].round(6), SHORT_AXIS[1].round(6)),
+        "stored mirrored or upside down against the others",
+        True,
+    ),
     "phases that nothing tells apart": (
         lambda z, t: {"TriggerTime": None, "InstanceNumber": None},
         "neither trigger times nor instance numbers",
@@ -467,7 +472,7 @@ REFUSED = {
 @pytest.mark.parametrize("odd", REFUSED)
 def test_refused_with_the_reason(tmp_path, odd):
     change, reason, failed = REFUSED[odd]
-    slices = 7 if "missing" in odd else SLICES
+    slices = {"two neighboring slices missing": 7, "every other slice mirrored": 10}.get(odd, SLICES)
     write(tmp_path, cine(change, slices=slices))
     contents = stacks_in(tmp_path)
     assert contents.stacks == []
