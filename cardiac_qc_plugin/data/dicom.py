@@ -329,8 +329,7 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
         ("PlaneOrientation", "ImageOrientationPatient", 6),
         ("PixelMeasures", "PixelSpacing", 2),
     ):
-        value = group(source).get(name)
-        numbers[name] = np.array([float(v) for v in value] if value else [])
+        numbers[name] = np.array(group(source).get(name), dtype=float).ravel()
         if numbers[name].size != count or not np.isfinite(numbers[name]).all():
             raise UnusableError(f"no valid {name}, so its place in the patient is unknown")
     axes = numbers["ImageOrientationPatient"].reshape(2, 3)
@@ -362,7 +361,7 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
         orientation=axes / lengths[:, None],
         spacing=tuple(numbers["PixelSpacing"].tolist()),
         shape=(int(header.Rows), int(header.Columns)),
-        time=None if time in (None, "") else float(time),
+        time=None if time in (None, "") or not np.isfinite(float(time)) else float(time),
         slope=float(values.get("RescaleSlope") or 1),
         intercept=float(values.get("RescaleIntercept") or 0),
     )

@@ -231,6 +231,7 @@ READ = {
     "no trigger times": (lambda z, t: {"TriggerTime": None}, []),
     "all trigger times 0": (lambda z, t: {"TriggerTime": 0}, []),
     "a slice without trigger times": (lambda z, t: {"TriggerTime": None} if z == 2 else {}, []),
+    "a trigger time that is no number": (lambda z, t: {"TriggerTime": "nan"} if z == t == 2 else {}, []),
     "no instance numbers": (lambda z, t: {"InstanceNumber": None}, []),
     "instance numbers at random": (renumbered, []),
     "UIDs with leading zeros, a frame of reference per slice": (leading_zeros, []),
@@ -257,7 +258,7 @@ def test_odd_but_read(tmp_path, odd):
     assert stack.notes == notes
     rates = [38.0 + z for z in range(SLICES)] if "heart rate" in odd else None
     expected = [np.mean(rates) * t if rates else 40.0 * t + 10 for t in range(PHASES)]
-    assert stack.times == ([] if "trigger times" in odd else pytest.approx(expected))  # known only if all say so
+    assert stack.times == ([] if "trigger time" in odd else pytest.approx(expected))  # known only if all say so
 
 
 def test_linked_folders_are_searched_once(tmp_path):
@@ -443,6 +444,7 @@ REFUSED = {
     "inverted gray": (lambda z, t: {"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1", False),
     "no position": (lambda z, t: {"ImagePositionPatient": None}, "no valid ImagePositionPatient", False),
     "no spacing": (lambda z, t: {"PixelSpacing": None}, "no valid PixelSpacing", False),
+    "one number as spacing": (lambda z, t: {"PixelSpacing": 1.5}, "no valid PixelSpacing", False),
     "empty orientation": (lambda z, t: {"ImageOrientationPatient": []}, "no valid ImageOrientationPatient", False),
     "skewed orientation": (lambda z, t: other_axes((1, 0, 0), (1, 0, 0)), "right angle", False),
     "mixed spacing": (
