@@ -5,22 +5,27 @@ names, SliceLocation and the order of files mean nothing. docs/inputs.md lists w
 """
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset, config, dcmread
+from pydicom import Dataset, FileMetaDataset, config, dcmread
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
     EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     LegacyConvertedEnhancedMRImageStorage,
     MediaStorageDirectoryStorage,
     MRImageStorage,
+    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
 )
 
 from .predictions import files_below
@@ -30,6 +35,7 @@ __all__ = [
     "Plane",
     "Skipped",
     "Stack",
+    "decode_frames",
     "dicom_files",
     "find_stacks",
     "read_phase",
@@ -123,6 +129,16 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A series by its files, also where no cine comes of it; attributes as of :class:`Plane` and :class:`Stack`."""
+
+    study: str
+    series: str
+    series_number: int
+    names: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Images that were left out: a series, or part of one.
 
@@ -144,10 +160,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Contents:
-    """The short-axis cines of a folder, and what else is in it."""
+    """The short-axis cines of a folder, what else is in it, and all series that were asked for."""
 
     stacks: list[Stack]
     skipped: list[Skipped]
+    series: list[Series]
 
 
 def dicom_files(path: str | Path) -> list[Path]:
@@ -187,7 +204,7 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
     Returns:
         Stacks by study and series number, and what was left out. No text has a patient's name in it.
     """
-    planes, skipped, headers = _read_headers(files)
+    planes, skipped, headers, found = _read_headers(files)
     times, unique = Counter(map(_identity, planes)), {}
     for plane in planes:
         unique.setdefault(_identity(plane), plane)
@@ -214,12 +231,14 @@ def find_stacks(files: Iterable[Path], series: Sequence[int] = ()) -> Contents:
     return Contents(
         stacks,
         [replace(s, series=without_names(s.series, names), reason=without_names(s.reason, names)) for s in skipped],
+        [one for one in found if not series or one.series_number in series],
     )
 
 
-def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], dict[Path, Dataset]]:
-    """Planes of all files that have any; the others by series and reason; the headers."""
+def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], dict[Path, Dataset], list[Series]]:
+    """Planes of all files that have any; the others by series and reason; the headers; the series."""
     planes: list[Plane] = []
+    found: dict[tuple[str, str, int], Series] = {}
     reasons: Counter[tuple[str, str]] = Counter()
     headers: dict[Path, Dataset] = {}
     with config.disable_value_validation():  # UIDs with leading zeros, invalid dates
@@ -231,6 +250,8 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], di
                 if header.get("SOPClassUID") != MediaStorageDirectoryStorage:
                     of_series = "SOPClassUID" in header and ("SeriesInstanceUID" in header or "Rows" in header)
                     label = _label(header) if of_series else damaged
+                    key = _series(file, header)
+                    found.setdefault(key, Series(*key, _names(header, file)))
                     planes += _planes(file, header)
             except UnusableError as error:
                 reasons[label, str(error)] += 1
@@ -238,7 +259,20 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[Plane], list[Skipped], di
                 reasons[damaged, f"cannot be read ({error.strerror or error})"] += 1
             except Exception as error:  # pydicom's errors are of many kinds
                 reasons[damaged, f"cannot be read as DICOM ({type(error).__name__}: {error})"] += 1
-    return planes, [Skipped(label, count, reason) for (label, reason), count in reasons.items()], headers
+    skipped = [Skipped(label, count, reason) for (label, reason), count in reasons.items()]
+    return planes, skipped, headers, list(found.values())
+
+
+def _series(file: Path, header: Dataset) -> tuple[str, str, int]:
+    """UIDs of study and series, the folder's digest where they were removed, and SeriesNumber, -1 without one."""
+    folder = f"none, {_digest(file.parent)}"
+    study = str(header.get("StudyInstanceUID") or folder)
+    series = str(header.get("SeriesInstanceUID") or f"{folder} {header.get('SeriesNumber')}")
+    return study, series, -1 if (number := _integer(header.get("SeriesNumber"))) is None else number
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(str(path).encode()).hexdigest()[:16]
 
 
 def _label(source: Plane | Dataset) -> str:
@@ -295,8 +329,7 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
         ("PlaneOrientation", "ImageOrientationPatient", 6),
         ("PixelMeasures", "PixelSpacing", 2),
     ):
-        value = group(source).get(name)
-        numbers[name] = np.array([float(v) for v in value] if value else [])
+        numbers[name] = np.array(group(source).get(name), dtype=float).ravel()
         if numbers[name].size != count or not np.isfinite(numbers[name]).all():
             raise UnusableError(f"no valid {name}, so its place in the patient is unknown")
     axes = numbers["ImageOrientationPatient"].reshape(2, 3)
@@ -309,7 +342,7 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
     time = trigger.get("TriggerTime", trigger.get("NominalCardiacTriggerDelayTime"))
     content = group("FrameContent")
     instance = header.get("InstanceNumber") if content is header else content.get("TemporalPositionIndex", index)
-    folder, path = (f"none, {hashlib.sha256(str(p).encode()).hexdigest()[:16]}" for p in (file.parent, file))
+    study, series, number = _series(file, header)
     text = "|".join(
         str(header.get(name) or "").replace("|", " ") for name in ("SeriesDescription", "ProtocolName", "SequenceName")
     )
@@ -317,18 +350,18 @@ def _plane(file: Path, index: int, header: Dataset, group: Callable[[str], Datas
     return Plane(
         file=file,
         index=index,
-        uid=str(header.get("SOPInstanceUID") or path),
-        study=str(header.get("StudyInstanceUID") or folder),
-        series=str(header.get("SeriesInstanceUID") or f"{folder} {header.get('SeriesNumber')}"),
+        uid=str(header.get("SOPInstanceUID") or f"none, {_digest(file)}"),
+        study=study,
+        series=series,
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
-        series_number=-1 if (number := _integer(header.get("SeriesNumber"))) is None else number,
+        series_number=number,
         instance=_integer(instance),
         text="|".join([text, " ".join([kind] if isinstance(kind, str) else kind)]),
         position=numbers["ImagePositionPatient"],
         orientation=axes / lengths[:, None],
         spacing=tuple(numbers["PixelSpacing"].tolist()),
         shape=(int(header.Rows), int(header.Columns)),
-        time=None if time in (None, "") else float(time),
+        time=None if time in (None, "") or not np.isfinite(float(time)) else float(time),
         slope=float(values.get("RescaleSlope") or 1),
         intercept=float(values.get("RescaleIntercept") or 0),
     )
@@ -363,7 +396,7 @@ def _alike(a: Plane, b: Plane) -> bool:
     return (
         (a.study, a.shape) == (b.study, b.shape)  # not the frame of reference: some de-identifiers draw one per file
         and np.allclose(a.spacing, b.spacing, rtol=1e-3)
-        and bool(np.all((a.orientation * b.orientation).sum(axis=1) > 0.9999))  # within 0.8 degrees
+        and bool(np.all(abs((a.orientation * b.orientation).sum(axis=1)) > 0.9999))  # within 0.8 degrees, or mirrored
         and bool(_no_cine(a)) == bool(_no_cine(b))
     )
 
@@ -422,6 +455,11 @@ def _check_chosen(group: list[Plane], series: Sequence[int]) -> None:
 
 def _arrange(group: list[Plane]) -> Stack:
     """Sort planes into slices and phases, and work out the grid they lie on."""
+    if any(((plane.orientation * group[0].orientation).sum(axis=1) < 0).any() for plane in group):
+        raise UnusableError(
+            "some of its images are stored mirrored or upside down against the others (ImageOrientationPatient); "
+            "export it again with all images in one orientation"
+        )
     notes: list[str] = []
     columns = [_phases(planes, notes) for planes in _positions(group)]
     count = max(Counter(map(len, columns)).items(), key=lambda item: (item[1], item[0]))[0]
@@ -456,20 +494,31 @@ def _phases(planes: list[Plane], notes: list[str]) -> list[Plane]:
         if len(chosen) < len(planes):
             notes.append("A slice was acquired several times; the last series is used.")
         return sorted(chosen, key=lambda plane: plane.instance)
-    # Acquisitions follow each other, so the trigger time falls where a new one starts.
     ordered = sorted(planes, key=lambda p: (p.series_number, p.series, p.instance if by_number else 0, p.time))
     runs: list[list[Plane]] = []
     for plane in ordered:
         if not runs or plane.series != runs[-1][-1].series or plane.time <= runs[-1][-1].time:
             runs.append([])
         runs[-1].append(plane)
-    if len(runs) > 1 and min(map(len, runs)) > 0.6 * max(map(len, runs)) and len(runs[-1]) >= MIN_PHASES:
+    if len(runs[-1]) >= MIN_PHASES and min(map(len, runs)) > 0.6 * max(map(len, runs)) and not _one_cycle(runs):
         notes.append("A slice was acquired several times; the last acquisition is used.")
         return runs[-1]
     latest = {plane.time: plane for plane in ordered}  # instance numbers say nothing about time here
     if len(latest) < len(planes):
         notes.append("Several images have the same position and trigger time; the one with the last number is used.")
     return [latest[time] for time in sorted(latest)]
+
+
+def _one_cycle(runs: list[list[Plane]]) -> bool:
+    """Whether runs of rising trigger times are parts of one acquisition, whose numbers do not follow the cycle.
+
+    Either the R wave came within the numbers, and the runs' times do not overlap; or the runs took turns, and their
+    times mesh in even steps, as those of two acquisitions would not.
+    """
+    runs = sorted(runs, key=lambda run: run[0].time)
+    apart = all(run[-1].time < following[0].time for run, following in itertools.pairwise(runs))
+    steps = np.diff(sorted(plane.time for run in runs for plane in run))
+    return apart or steps.min() > 0.5 * steps.max()
 
 
 def _resampled(column: list[Plane], count: int, times: list[float], notes: list[str]) -> list[Plane]:
@@ -539,19 +588,52 @@ def without_names(text: str, names: Iterable[str]) -> str:
     return re.sub(name, "...", text, flags=re.IGNORECASE) if parts else text
 
 
-def read_phase(planes: Sequence[Plane]) -> np.ndarray:
+def decode_frames(file: Path) -> np.ndarray:
+    """Stored values of all frames of a file, (frame, row, column), where pydicom has no decoder or the file no meta.
+
+    Raises:
+        ValueError: if the file cannot be decoded; the message has its name.
+    """
+    try:
+        image = dcmread(file, force=True)
+        syntax = ImplicitVRLittleEndian if image.original_encoding[0] else ExplicitVRLittleEndian
+        syntax = image.file_meta.get("TransferSyntaxUID", syntax)
+        # the pixels alone: ITK would refuse frames that share a position, and scale all frames as the first
+        pixels = Dataset({tag: image[tag] for tag in image.keys() if tag.group in (0x0028, 0x7FE0)})
+        for name in ("RescaleSlope", "RescaleIntercept"):
+            pixels.pop(name, None)
+        pixels.SOPClassUID, pixels.SOPInstanceUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage, "1.2"
+        pixels.file_meta = FileMetaDataset()
+        pixels.file_meta.TransferSyntaxUID = syntax
+        if not syntax.is_encapsulated:
+            return pixel_array(pixels, raw=True).reshape(-1, image.Rows, image.Columns)
+        import itk  # large, and rarely needed
+
+        with TemporaryDirectory() as folder:
+            pixels.save_as(path := Path(folder, "image.dcm"), enforce_file_format=True)
+            return itk.array_from_image(itk.imread(str(path), imageio=itk.GDCMImageIO.New()))
+    except Exception as error:  # ITK's and pydicom's, of many kinds and with the path
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(f"{file.name}: its pixels cannot be decoded ({reason}).") from error
+
+
+def read_phase(planes: Sequence[Plane], decode: Callable[[Path], np.ndarray] = decode_frames) -> np.ndarray:
     """The slices of a phase, (column, row, slice): the scanner's values, int16 where they are integers, else float32.
+
+    Args:
+        planes: its planes.
+        decode: :func:`decode_frames`; with a cache for several phases, as it decodes all of a multi-frame file.
 
     Raises:
         ValueError: if an image cannot be decoded; the message has the file's name.
     """
-    slices = np.stack([_pixels(plane).T for plane in planes], axis=-1)
+    slices = np.stack([_pixels(plane, decode).T for plane in planes], axis=-1)
     whole = np.array_equal(slices, np.round(slices)) and slices.min() >= -(2**15) and slices.max() < 2**15
     return slices.astype(np.int16 if whole else np.float32)
 
 
-def _pixels(plane: Plane) -> np.ndarray:
-    """A plane's values, (row, column): by pydicom, or by ITK where it has no decoder or the file no meta group."""
+def _pixels(plane: Plane, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """A plane's values, (row, column)."""
     try:
         with config.disable_value_validation():
             stored = pixel_array(plane.file, index=plane.index, raw=True)
@@ -560,20 +642,10 @@ def _pixels(plane: Plane) -> np.ndarray:
             # an OSError has the path, and folders may be named by patients
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else error
             raise ValueError(f"{plane.file.name}: its pixels cannot be read ({reason}). Fetch it again.") from error
-        return _pixels_by_itk(plane)
+        stored = decode(plane.file)[plane.index]
     if stored.shape != plane.shape:
         raise ValueError(f"{plane.file.name}: {stored.shape} pixels, but its header says {plane.shape}.")
     return stored.astype(np.float64) * plane.slope + plane.intercept
-
-
-def _pixels_by_itk(plane: Plane) -> np.ndarray:
-    import itk  # large, and rarely needed
-
-    try:
-        image = itk.imread(str(plane.file), imageio=itk.GDCMImageIO.New())
-    except RuntimeError as error:
-        raise ValueError(f"{plane.file.name}: its pixels cannot be decoded.") from error
-    return itk.array_from_image(image)[plane.index].astype(np.float64)  # rescaled by ITK
 
 
 def stack_digest(stack: Stack) -> str:

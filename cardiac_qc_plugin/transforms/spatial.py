@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, MetaTensor, NibabelWriter
+from monai.data import ImageReader, MetaTensor, NibabelReader, NibabelWriter
 from monai.transforms import Flip, InvertibleTransform, LoadImage, LoadImaged, MapTransform, Spacingd, Transform
 from monai.utils import TraceKeys, convert_to_dst_type, convert_to_numpy
 from scipy import ndimage
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 APEX = np.array([-1.0, 1.0, -1.0]) / 3**0.5  # where it lies from the base: left, front, feet
+MIN_SHARE = 0.99  # of a rectangular voxel's volume
 LABELS = 8  # a label map has no more values; an image has hundreds
 FULL = 0.33  # share of the fullest slice's labels, below which a slice between others has failed
 CODES = ("qform_code", "sform_code")  # both 0: the file does not say how it lies in the patient
@@ -60,16 +61,17 @@ def _read_to_end(path: Path, size: int, changed: int) -> None:
             pass
 
 
-def check_spacing(spacing: Sequence[float], name: str) -> None:
+def check_spacing(spacing: Sequence[float], name: str, affine: np.ndarray | None = None) -> None:
     """Refuse voxel sizes that no short-axis stack has.
 
     Args:
         spacing: voxel size in mm of (row, column, slice).
         name: the file, for the message.
+        affine: of the stack, (4, 4), if its angles are to be checked too.
 
     Raises:
         ValueError: if a size is not positive and finite, or not one in millimetres, or if slices are 1 mm apart: such a
-            header lost its spacing.
+            header lost its spacing; or if voxels are not rectangular, so that volumes would be 1 % or more too large.
     """
     listed = " x ".join(f"{size:g}" for size in spacing)
     if not all(np.isfinite(size) and size > 0 for size in spacing):
@@ -84,6 +86,12 @@ def check_spacing(spacing: Sequence[float], name: str) -> None:
             f"{name}: the header says {listed} mm, so the true voxel size was lost: short-axis slices are "
             "5 to 10 mm apart. Write the scan's voxel size into the header (pixdim and affine)."
         )
+    axes = np.eye(3) if affine is None else affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if (share := abs(np.linalg.det(axes))) < MIN_SHARE:
+        raise ValueError(
+            f"{name}: its axes are not at right angles (a sheared affine): a voxel holds {share:.1%} of what its edges "
+            "multiply to. Resample the scan to slices that lie straight over each other."
+        )
 
 
 def spacing_of(image: MetaTensor) -> tuple[float, float, float]:
@@ -91,8 +99,27 @@ def spacing_of(image: MetaTensor) -> tuple[float, float, float]:
     return tuple(float(norm) for norm in image.affine[:3, :3].norm(dim=0))
 
 
+class _NiftiReader(NibabelReader):
+    """MONAI's, which loses that a stack is mirrored where the sform has no voxel size and the qform is not coded.
+
+    It then takes the axes of that qform, which say nothing; here they are the sform's.
+    """
+
+    def read(self, data: Sequence[str], **kwargs: Any) -> nib.Nifti1Image:
+        image, stored = super().read(data, **kwargs), nib.load(*data)
+        header, affine = stored.header, stored.affine.copy()
+        if not header["qform_code"] and seen_from_base(affine, header) != seen_from_base(image.affine, header):
+            affine[:3, :3] *= header.get_zooms()[:3] / np.linalg.norm(affine[:3, :3], axis=0)
+            image.set_sform(affine)
+        return image
+
+
 class _LoadImage(LoadImage):
     """:class:`monai.transforms.LoadImage` that names the file which it cannot read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register(_NiftiReader())
 
     def __call__(self, filename: str, reader: ImageReader | None = None) -> Any:
         try:
@@ -193,7 +220,7 @@ class CheckScan(Transform):
                 "as a reference."
             )
         spacing = spacing_of(image)
-        check_spacing(spacing, name)
+        check_spacing(spacing, name, convert_to_numpy(image.affine))
         if max(spacing[:2]) > 2 * min(spacing[:2]):
             listed = " x ".join(f"{size:g}" for size in spacing)
             raise ValueError(

@@ -87,17 +87,18 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
         written, failures = 0, {}
         for record in records:
             try:
-                images = read_json(record).get("images", [])
+                content = read_json(record)
             except ValueError as error:
                 failures[record.parent.name] = str(error)
                 continue
+            images = content.get("images", [])
             folders = sorted(record.parent.glob("phase*")) or [record.parent]
             if len(folders) != len(images):
                 failures[record.parent.name] = f"{len(folders)} phase(s), but {record} has {len(images)}. Run it again."
                 continue
             for folder, planes in zip(folders, images, strict=True):
                 try:
-                    written += _write_phase(folder, planes, sources, read)
+                    written += _write_phase(folder, planes, content["spacing_mm"][2], sources, read)
                 except (ValueError, AttributeError, TypeError) as error:  # highdicom's, of a tag that is absent or odd
                     failures[folder.relative_to(predictions).as_posix()] = str(error)
     lines = [f"{written} DICOM Segmentation(s) in {predictions}."]
@@ -106,9 +107,13 @@ def write_dicom_seg(predictions: str | Path, dicom: str | Path) -> Outcome:
 
 
 def _write_phase(
-    folder: Path, planes: Sequence[dict[str, Any]], sources: dict[str, Path], read: Callable[[Path], Dataset]
+    folder: Path,
+    planes: Sequence[dict[str, Any]],
+    step: float,
+    sources: dict[str, Path],
+    read: Callable[[Path], Dataset],
 ) -> int:
-    """The files of a phase; returns how many were written."""
+    """The files of a phase, whose slices are ``step`` mm apart; returns how many were written."""
     places = [(plane["uid"], plane["frame"]) for plane in planes]
     missing = [uid for uid, _ in places if uid not in sources]
     if missing:
@@ -120,7 +125,7 @@ def _write_phase(
         copy.deepcopy(image) if image.SOPClassUID == MRImageStorage else _single_frame(image, i) for image, i in frames
     ]
     for image in images:
-        _complete(image, images[0])
+        _complete(image, images[0], step)
     stand_for = {str(image.SOPInstanceUID): frame for image, frame in zip(images, frames, strict=True)}
     written = 0
     for name, segments in SEGMENTS.items():
@@ -142,12 +147,12 @@ def _single_frame(image: Dataset, index: int) -> Dataset:
     """A frame of a multi-frame image as an image of its own: of multi-frame ones highdicom takes all frames or none."""
     own = {"PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence", "NumberOfFrames"}
     own |= {"SOPClassUID", "SOPInstanceUID"}
-    frame = Dataset({element.tag: element for element in image if element.keyword not in own})
+    frame = Dataset({element.tag: copy.deepcopy(element) for element in image if element.keyword not in own})
     for group, names in PLACE.items():
         found = frame_group(image, index, group)
         for name in names:
             if name in found:
-                frame[name] = found[name]
+                frame[name] = copy.deepcopy(found[name])
     frame.SOPClassUID, frame.SOPInstanceUID = MRImageStorage, generate_uid()
     return frame
 
@@ -179,8 +184,11 @@ def _referenced_series(uid: str, instances: Sequence[Dataset]) -> Dataset:
     return item
 
 
-def _complete(image: Dataset, first: Dataset) -> None:
-    """Bring an image that a de-identifier has been at to what a Segmentation's source has to be, in memory."""
+def _complete(image: Dataset, first: Dataset, step: float) -> None:
+    """Bring an image that a de-identifier has been at to what a Segmentation's source has to be, in memory.
+
+    Its text becomes UTF-8: highdicom refuses some character sets that others write.
+    """
     for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         if not first.get(name):
             raise ValueError(f"its source images have no {name}, to which a DICOM Segmentation has to refer.")
@@ -189,8 +197,22 @@ def _complete(image: Dataset, first: Dataset) -> None:
     for name in PATIENT_AND_STUDY:
         if name not in image:
             setattr(image, name, "")
+    if image.PatientSex not in ("M", "F", "O"):
+        image.PatientSex = ""
+    image.Modality = image.get("Modality") or "MR"
+    if not _positive(image.get("SliceThickness")):
+        image.SliceThickness = round(step, 6)
+    image.decode()
+    image.SpecificCharacterSet = "ISO_IR 192"
     for element in [e for e in image if e.VR in ("DA", "TM") and not _valid(e)]:
         element.value = ""
+
+
+def _positive(value: Any) -> bool:
+    try:
+        return 0 < float(value) < np.inf
+    except (TypeError, ValueError):
+        return False
 
 
 def _valid(element: DataElement) -> bool:

@@ -101,7 +101,7 @@ def read_volume(path: str | Path, frame: int | None = None) -> Volume:
     with ImageOpener(path) as stream:  # unchecked: nibabel turns a voxel size of 0 into 1
         pixdim = type(image.header).from_fileobj(stream, check=False)["pixdim"]
     spacing = tuple(float(size) for size in pixdim[1:4])
-    check_spacing(spacing, str(path))
+    check_spacing(spacing, str(path), image.affine)
     try:
         check_checksum(path)
         data = np.asanyarray(image.dataobj if frame is None else image.dataobj[..., frame])

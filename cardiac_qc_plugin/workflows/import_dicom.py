@@ -8,14 +8,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 
 from cardiac_qc_plugin.data.dicom import (
+    Contents,
+    Plane,
+    Series,
     Skipped,
     Stack,
+    decode_frames,
     dicom_files,
     find_stacks,
     read_phase,
@@ -25,6 +30,7 @@ from cardiac_qc_plugin.data.dicom import (
 from cardiac_qc_plugin.data.inputs import NoScans, Scan, check_list_options, find_scans, phase_names
 
 from .files import OutputError, check_folder, read_json, write_file, write_json, write_rows
+from .run import forget
 
 __all__ = ["NAMES", "Inputs", "gather_scans", "import_dicom"]
 
@@ -109,7 +115,9 @@ def import_dicom(files: list[Path], output: Path, series: tuple[int, ...] = (), 
     inputs.failures = [(f"DICOM {item.series}", item.reason) for item in contents.skipped if item.failed]
     taken: set[str] = set()
     for stack in contents.stacks:
-        name = next(name for name in names_of(stack, name_by) if name not in taken)
+        first = stack.first
+        named = names_of(Series(first.study, first.series, first.series_number, stack.names), name_by)
+        name = next(name for name in named if name not in taken)
         taken.add(name)
         try:
             inputs.scans += _write_stack(stack, name, output)
@@ -117,17 +125,30 @@ def import_dicom(files: list[Path], output: Path, series: tuple[int, ...] = (), 
             raise
         except ValueError as error:
             inputs.failures.append((name, str(error)))
+    _forget_others(contents, taken, output, name_by)
     return inputs
 
 
-def names_of(stack: Stack, name_by: str) -> Iterator[str]:
+def names_of(series: Series, name_by: str) -> Iterator[str]:
     """Names for a stack's case, of which the first one that is free is taken: a series may hold several stacks."""
-    number = stack.first.series_number
-    study = f"study_{_short(stack.first.study)}"
-    name = f"{stack.names.get(name_by) or study}_series{'' if number < 0 else number}"
+    study = f"study_{_short(series.study)}"
+    number = "" if series.series_number < 0 else series.series_number
+    name = f"{series.names.get(name_by) or study}_series{number}"
     yield name
-    yield (name := f"{name}_{_short(stack.first.series)}")
+    yield (name := f"{name}_{_short(series.series)}")
     yield from (f"{name}_{further}" for further in itertools.count(2))
+
+
+def _forget_others(contents: Contents, taken: set[str], output: Path, name_by: str) -> None:
+    """Remove the results of an earlier run for cases that do not come of their series any more."""
+    for series in contents.series:
+        for name in names_of(series, name_by):
+            record = output / name / "dicom.json"
+            if not record.is_file():
+                break
+            with suppress(ValueError):  # a damaged record, which later commands name
+                if name not in taken and _owner(series).items() <= read_json(record).items():
+                    forget(output, name)
 
 
 def _short(uid: str) -> str:
@@ -147,12 +168,13 @@ def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
     digest = stack_digest(stack)
     done = record.is_file() and read_json(record).get("digest") == digest and all(path.is_file() for path in images)
     if not done:
-        write_json(record, _series(stack))
+        write_json(record, _owner(stack.first))
         for folder in set((output / name).glob("phase*")) - {path.parent for path in images}:
             shutil.rmtree(folder)  # of an import with more phases
+        decode = lru_cache(len(stack.phases[0]))(decode_frames)  # slices may be multi-frame files of their own
         for planes, path in zip(stack.phases, images, strict=True):
             try:
-                image = nib.Nifti1Image(read_phase(planes), stack.affine)
+                image = nib.Nifti1Image(read_phase(planes, decode), stack.affine)
             except ValueError as error:
                 record.unlink()
                 raise ValueError(without_names(str(error), [stack.names["patient_name"]])) from error
@@ -160,13 +182,13 @@ def _write_stack(stack: Stack, name: str, output: Path) -> list[Scan]:
             image.set_qform(stack.affine, code=1)
             image.set_sform(stack.affine, code=1)
             write_file(path, image.to_filename)
-        write_json(record, {"digest": digest, **_series(stack), **_record(stack)})
+        write_json(record, {"digest": digest, **_owner(stack.first), **_record(stack)})
     return [Scan(case, path.resolve()) for case, path in zip(cases, images, strict=True)]
 
 
-def _series(stack: Stack) -> dict[str, str]:
+def _owner(source: Plane | Series) -> dict[str, str]:
     """Whose folder a case's is."""
-    return {"study_uid": stack.first.study, "series_uid": stack.first.series}
+    return {"study_uid": source.study, "series_uid": source.series}
 
 
 def _claim(record: Path, stack: Stack) -> None:
@@ -176,8 +198,8 @@ def _claim(record: Path, stack: Stack) -> None:
         ValueError: if it is another's.
     """
     if not record.is_file():
-        write_file(record, lambda temporary: temporary.write_text(json.dumps(_series(stack))), _name_unless_taken)
-    if any(read_json(record).get(key) != uid for key, uid in _series(stack).items()):
+        write_file(record, lambda temporary: temporary.write_text(json.dumps(_owner(stack.first))), _name_unless_taken)
+    if not _owner(stack.first).items() <= read_json(record).items():
         raise ValueError(
             f"{record.parent} holds another series of that name. Name the cases by --name_by study, or choose "
             "another output folder."

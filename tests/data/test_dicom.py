@@ -21,7 +21,7 @@ from dicom_files import (
 )
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.dataelem import RawDataElement
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.tag import Tag
 from pydicom.uid import (
     JPEG2000Lossless,
@@ -168,6 +168,35 @@ def compress_by_itk(ds, scratch):
     ds["PixelData"].VR = "OB"
 
 
+@pytest.mark.parametrize("meta", [True, False])
+def test_multi_frame_read_by_itk_with_a_scaling_for_each_frame(tmp_path, meta):
+    write(tmp_path / "in", [scaled_multi_frame(tmp_path / "scratch.dcm")])
+    if not meta:
+        ds = scaled_multi_frame()
+        del ds.file_meta
+        dcmwrite(tmp_path / "in" / "IM0000", ds, implicit_vr=False, little_endian=True)
+    voxels = read_phase(only(stacks_in(tmp_path / "in")).phases[1])
+    np.testing.assert_allclose(voxels, np.stack([value(z, 1).T * (1.5 + z) - 3 for z in range(SLICES)], axis=-1))
+
+
+def scaled_multi_frame(scratch=None):
+    """One file whose scaling differs from slice to slice; compressed by way of the scratch file."""
+    pairs = [(z, t) for t in range(PHASES) for z in range(SLICES)]
+    ds = enhanced(pairs)
+    for (z, _), frame in zip(pairs, ds.PerFrameFunctionalGroupsSequence, strict=True):
+        scaling = Dataset()
+        scaling.RescaleSlope, scaling.RescaleIntercept, scaling.RescaleType = 1.5 + z, -3.0, "US"
+        frame.PixelValueTransformationSequence = [scaling]
+    if scratch is not None:
+        images = [image(z, t) for z, t in pairs]
+        for single in images:
+            compress_by_itk(single, scratch)
+        ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+        ds.PixelData = encapsulate([next(generate_frames(i.PixelData, number_of_frames=1)) for i in images])
+        ds["PixelData"].VR = "OB"
+    return ds
+
+
 def two_studies(folder):
     write(folder / "a", cine())
     write(folder / "b", cine(lambda z, t: {"StudyInstanceUID": f"{ROOT}22", "SOPInstanceUID": f"{ROOT}9.{z}.{t + 1}"}))
@@ -202,6 +231,7 @@ READ = {
     "no trigger times": (lambda z, t: {"TriggerTime": None}, []),
     "all trigger times 0": (lambda z, t: {"TriggerTime": 0}, []),
     "a slice without trigger times": (lambda z, t: {"TriggerTime": None} if z == 2 else {}, []),
+    "a trigger time that is no number": (lambda z, t: {"TriggerTime": "nan"} if z == t == 2 else {}, []),
     "no instance numbers": (lambda z, t: {"InstanceNumber": None}, []),
     "instance numbers at random": (renumbered, []),
     "UIDs with leading zeros, a frame of reference per slice": (leading_zeros, []),
@@ -228,7 +258,7 @@ def test_odd_but_read(tmp_path, odd):
     assert stack.notes == notes
     rates = [38.0 + z for z in range(SLICES)] if "heart rate" in odd else None
     expected = [np.mean(rates) * t if rates else 40.0 * t + 10 for t in range(PHASES)]
-    assert stack.times == ([] if "trigger times" in odd else pytest.approx(expected))  # known only if all say so
+    assert stack.times == ([] if "trigger time" in odd else pytest.approx(expected))  # known only if all say so
 
 
 def test_linked_folders_are_searched_once(tmp_path):
@@ -271,6 +301,25 @@ def test_slice_acquired_twice(tmp_path):
     for t, planes in enumerate(stack.phases):
         np.testing.assert_array_equal(read_phase(planes)[..., 2], value(2, t).T + 1)
     assert stack.notes == ["A slice was acquired several times; the last acquisition is used."]
+
+
+NUMBERS = {  # of phases in order of time
+    "from the middle of the cycle": lambda t: (t + 9) % 16,
+    "odd phases first": lambda t: (t + 1) % 2 * 8 + t // 2,
+    "every fourth phase": lambda t: t % 4 * 4 + t // 4,
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("uneven", [0, 0.02])  # then where the R wave came within the numbers tells
+def test_numbers_that_do_not_follow_the_cycle_are_one_acquisition(tmp_path, numbers, uneven):
+    def change(z, t):
+        return {"InstanceNumber": NUMBERS[numbers](t) + 1, "TriggerTime": 40.0 * t * (1 + uneven * t)}
+
+    write(tmp_path, cine(change, phases=16))
+    stack = only(stacks_in(tmp_path))
+    check(stack, phases=range(16))
+    assert stack.notes == []
 
 
 def test_missing_image_takes_the_nearest_phase(tmp_path):
@@ -395,6 +444,7 @@ REFUSED = {
     "inverted gray": (lambda z, t: {"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1", False),
     "no position": (lambda z, t: {"ImagePositionPatient": None}, "no valid ImagePositionPatient", False),
     "no spacing": (lambda z, t: {"PixelSpacing": None}, "no valid PixelSpacing", False),
+    "one number as spacing": (lambda z, t: {"PixelSpacing": 1.5}, "no valid PixelSpacing", False),
     "empty orientation": (lambda z, t: {"ImageOrientationPatient": []}, "no valid ImageOrientationPatient", False),
     "skewed orientation": (lambda z, t: other_axes((1, 0, 0), (1, 0, 0)), "right angle", False),
     "mixed spacing": (
@@ -408,6 +458,11 @@ REFUSED = {
         "shifted in plane against each other by up to 9.0 mm",
         True,
     ),
+    "every other slice mirrored": (
+        lambda z, t: other_axes((-1) ** z * SHORT_AXIS[0].round(6), SHORT_AXIS[1].round(6)),
+        "stored mirrored or upside down against the others",
+        True,
+    ),
     "phases that nothing tells apart": (
         lambda z, t: {"TriggerTime": None, "InstanceNumber": None},
         "neither trigger times nor instance numbers",
@@ -419,7 +474,7 @@ REFUSED = {
 @pytest.mark.parametrize("odd", REFUSED)
 def test_refused_with_the_reason(tmp_path, odd):
     change, reason, failed = REFUSED[odd]
-    slices = 7 if "missing" in odd else SLICES
+    slices = {"two neighboring slices missing": 7, "every other slice mirrored": 10}.get(odd, SLICES)
     write(tmp_path, cine(change, slices=slices))
     contents = stacks_in(tmp_path)
     assert contents.stacks == []
@@ -493,6 +548,24 @@ def test_truncated_pixels_are_an_error_that_names_the_file(tmp_path):
     files[3].write_bytes(files[3].read_bytes()[:-20])
     stack = only(stacks_in(tmp_path))
     with pytest.raises(ValueError, match=r"IM0003: its pixels cannot be read"):
+        read_phase(stack.phases[3])
+
+
+@pytest.mark.filterwarnings("ignore:.*file")
+@pytest.mark.parametrize("cut", [20, 100])  # within the pixels, and before them
+@pytest.mark.parametrize("compressed", [True, False])
+def test_truncated_pixels_that_pydicom_does_not_read_from_the_file(tmp_path, cut, compressed):
+    for i, ds in enumerate(cine()):
+        if compressed:
+            compress_by_itk(ds, tmp_path / "scratch.dcm")
+            ds.save_as(tmp_path / f"{i}", enforce_file_format=True)
+        else:
+            del ds.file_meta
+            dcmwrite(tmp_path / f"{i}", ds, implicit_vr=False, little_endian=True)
+    (tmp_path / "scratch.dcm").unlink(missing_ok=True)
+    stack = only(stacks_in(tmp_path))
+    (tmp_path / "3").write_bytes((tmp_path / "3").read_bytes()[:-cut])
+    with pytest.raises(ValueError, match="3: its pixels cannot be"):
         read_phase(stack.phases[3])
 
 

@@ -230,6 +230,23 @@ def test_refused_spacings(spacing, message):
         check_spacing(spacing, "case3")
 
 
+def test_sheared_axes_are_refused(tmp_path):
+    """Slices 8 mm apart whose origins drift by so many mm to the side: the edge is longer than the distance."""
+    for drift, refused in ((0, False), (1, False), (1.2, True), (3, True)):
+        affine = oblique((1.5, 1.5, 8.0))
+        affine[:3, 2] += drift / 1.5 * affine[:3, 0]
+        scan = image(np.random.default_rng(0).random((1, 20, 22, 5)).astype(np.float32), affine)
+        path = write(tmp_path / f"{drift}.nii", affine=affine)
+        if refused:
+            with pytest.raises(ValueError, match=r"nii: its axes are not at right angles"):
+                read_volume(path)
+            with pytest.raises(ValueError, match=r"folder/scan7\.nii\.gz: its axes are not at right angles"):
+                CheckScand("image")({"image": scan})
+        else:
+            CheckScand("image")({"image": scan})
+            read_volume(path)
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 8.0), (0.7, 0.7, 5.0), (1.2, 1.7, 6.0), (0.06, 1.5, 99.0)])
 def test_accepted_spacings(spacing):
     check_spacing(spacing, "case3")
@@ -515,6 +532,22 @@ def test_mirrored_stacks_are_turned_over_and_back(tmp_path, codes):
         assert back.shape[1:] == reference.shape
         np.testing.assert_allclose(back.affine, reference.affine, atol=1e-6)
         assert np.abs(back[0].numpy() - reference.numpy()).max() <= (4 if key == "image" else 1)  # nearest
+
+
+@pytest.mark.parametrize(("step", "turned"), [(1, False), (-1, True)])
+def test_the_axes_of_an_sform_without_voxel_size_count_where_the_qform_is_not_coded(tmp_path, step, turned):
+    """In ACDC's manner; MONAI's reader alone takes the axes of the qform, which are nobody's."""
+    affine = np.diag([-1.0, -1.0 * step, 1.0, 1.0])
+    stored = nib.Nifti1Image(np.random.default_rng(0).random((20, 22, 5)).astype(np.float32), affine)
+    stored.header.set_sform(affine, 1)
+    stored.header.set_qform(np.eye(4), 0)
+    stored.header.set_zooms((1.5, 1.25, 8.0))
+    nib.save(stored, tmp_path / "a.nii.gz")
+    read = Compose([LoadScand("image"), EnsureChannelFirstd("image"), SeenFromApexd("image")])
+    image = read({"image": str(tmp_path / "a.nii.gz")})["image"]
+    assert bool(image.applied_operations) == turned == seen_from_base(affine, stored.header)
+    np.testing.assert_array_equal(image[0], stored.get_fdata()[:, ::step])
+    assert spacing_of(image) == pytest.approx((1.5, 1.25, 8.0))
 
 
 def test_labels_are_turned_over_with_their_image_only(tmp_path):

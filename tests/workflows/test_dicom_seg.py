@@ -15,7 +15,7 @@ from cardiac_qc_plugin.workflows.dicom_seg import write_dicom_seg
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from dicom_files import PHASES, ROOT, SLICES, cine, enhanced, write  # noqa: E402
+from dicom_files import GAP, PHASES, ROOT, SLICES, cine, enhanced, write  # noqa: E402
 
 hd = pytest.importorskip("highdicom")
 
@@ -172,12 +172,73 @@ def test_what_cannot_be_done_is_said(tmp_path):
 
 
 def test_a_tag_that_highdicom_cannot_do_without_fails_its_case_alone(tmp_path):
-    write(tmp_path / "in", cine(lambda z, t: {"Modality": None} if t == 0 else {}))
+    write(tmp_path / "in", cine())
     run_on(tmp_path / "in", tmp_path / "out")
+    write(tmp_path / "in", cine(lambda z, t: {"PixelSpacing": None} if t == 0 else {}))
     outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
     assert outcome.text.startswith(f"{2 * (PHASES - 1)} DICOM Segmentation(s)")
     ((case, message),) = outcome.failures.items()
-    assert case.endswith("phase00") and "Modality" in message
+    assert case.endswith("phase00") and "PixelSpacing" in message
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")
+@pytest.mark.parametrize(
+    ("changes", "keyword", "expected"),
+    [
+        ({"Modality": None}, "Modality", "SEG"),
+        ({"PatientSex": "U"}, "PatientSex", ""),
+        ({"PatientSex": "F"}, "PatientSex", "F"),
+        ({"SliceThickness": None}, "SliceThickness", GAP),
+        ({"SliceThickness": 0}, "SliceThickness", GAP),
+        ({"SliceThickness": 6}, "SliceThickness", 6),
+    ],
+)
+@pytest.mark.parametrize("multi_frame", [True, False])
+def test_what_highdicom_needs_or_refuses(tmp_path, changes, keyword, expected, multi_frame):
+    images = cine(lambda z, t: changes)
+    if multi_frame:
+        images = [enhanced([(z, t) for z in range(SLICES) for t in range(PHASES)])]
+        (measures,) = images[0].SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        for name, content in changes.items():
+            ds = measures if name == "SliceThickness" else images[0]
+            measures.pop(name, None)
+            images[0].pop(name, None)
+            if content is not None:
+                setattr(ds, name, content)
+    write(tmp_path / "in", images)
+    (folder, _), *_ = run_on(tmp_path / "in", tmp_path / "out").items()
+    outcome = write_dicom_seg(tmp_path / "out", tmp_path / "in")
+    assert outcome.failures == {} and outcome.text.startswith(f"{2 * PHASES} DICOM Segmentation(s)")
+    ds = dcmread(folder / "segmentation.dcm")
+    if keyword == "SliceThickness":
+        (ds,) = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert ds[keyword].value == expected
+
+
+@pytest.mark.parametrize(
+    ("character_set", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        (["ISO_IR 100", "ISO 2022 IR 87"], "Müller=山田"),
+        ("ISO 2022 IR 100", "Müller^Jörg"),
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("ISO_IR 6", "Goldmann^Emilia"),
+        ("", "Goldmann^Emilia"),
+        (None, "Goldmann^Emilia"),
+    ],
+)
+@pytest.mark.parametrize("multi_frame", [True, False])
+def test_names_in_any_character_set(tmp_path, character_set, name, multi_frame):
+    images = [enhanced([(z, t) for z in range(SLICES) for t in range(PHASES)])] if multi_frame else cine()
+    for ds in images:
+        if character_set is not None:
+            ds.SpecificCharacterSet = character_set
+        ds.PatientName = name
+    write(tmp_path / "in", images)
+    (folder, _), *_ = run_on(tmp_path / "in", tmp_path / "out").items()
+    assert write_dicom_seg(tmp_path / "out", tmp_path / "in").failures == {}
+    ds = dcmread(folder / "segmentation.dcm")
+    assert str(ds.PatientName) == name and ds.SpecificCharacterSet == "ISO_IR 192"
 
 
 def test_an_image_that_cannot_be_opened_is_missing(tmp_path, monkeypatch):

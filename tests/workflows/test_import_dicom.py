@@ -7,20 +7,22 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom import dcmwrite
 from test_run import bundles  # noqa: F401 (a fixture)
 
 from cardiac_qc_plugin.data.phantom import ShortAxisPhantom, write_phantom
 from cardiac_qc_plugin.workflows import import_dicom
-from cardiac_qc_plugin.workflows.files import OutputError, read_volume
+from cardiac_qc_plugin.workflows.files import OutputError, read_volume, write_json
 from cardiac_qc_plugin.workflows.import_dicom import gather_scans
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from dicom_files import GAP, PHASES, ROOT, cine, position, set_pixels, value, write  # noqa: E402
+from dicom_files import GAP, PHASES, ROOT, cine, enhanced, position, set_pixels, value, write  # noqa: E402
 
 
 def test_phases_as_nifti(tmp_path):
@@ -51,6 +53,81 @@ def test_a_second_run_writes_nothing_and_another_image_does(tmp_path):
     images[0].save_as(files[0], enforce_file_format=True)
     gather_scans(tmp_path / "in", tmp_path / "out")
     np.testing.assert_array_equal(np.asarray(nib.load(scans[0].path).dataobj)[..., 0], value(0, 0).T + 5)
+
+
+@pytest.mark.parametrize("files", ["one", "one per slice"])
+def test_a_multi_frame_file_is_decoded_once(tmp_path, monkeypatch, files):
+    pairs = [(z, t) for z in range(5) for t in range(PHASES)]
+    images = [enhanced(pairs)] if files == "one" else [enhanced(pairs[n * PHASES : (n + 1) * PHASES]) for n in range(5)]
+    for i, ds in enumerate(images):
+        ds.SOPInstanceUID = f"{ROOT}5.{i}"
+        del ds.file_meta
+        (tmp_path / "in").mkdir(exist_ok=True)
+        dcmwrite(tmp_path / "in" / f"{i}", ds, implicit_vr=False, little_endian=True)
+    decoded, decode = [], import_dicom.decode_frames
+    monkeypatch.setattr(import_dicom, "decode_frames", lambda file: (decoded.append(file.name), decode(file))[1])
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    for t, scan in enumerate(scans):
+        expected = np.stack([value(z, t).T for z in range(5)], axis=-1)
+        np.testing.assert_array_equal(np.asarray(nib.load(scan.path).dataobj), expected)
+    assert len(scans) == PHASES and sorted(decoded) == [f"{i}" for i in range(len(images))]
+
+
+def results_in(output):
+    """Cases with a segmentation, in order."""
+    return sorted(path.parent.relative_to(output).as_posix() for path in output.rglob("segmentation.nii.gz"))
+
+
+def as_run(scans, output):
+    """What a run leaves of the scans, in short."""
+    for scan in scans:
+        write_json(output / scan.case / "qc.json", {"case": scan.case, "stages": {"segmentation": {}}})
+        (output / scan.case / "segmentation.nii.gz").touch()
+
+
+def gather_unless_nothing(folder, output, **options):
+    with suppress(ValueError):  # no short-axis cine
+        gather_scans(folder, output, **options)
+
+
+@pytest.mark.parametrize("name_by", ["study", "patient_id"])
+@pytest.mark.parametrize("missing", [(2, 3), (0, 1, 2, 3, 4)])
+def test_results_of_a_series_that_gives_no_cine_any_more_are_removed(tmp_path, missing, name_by):
+    """It failed, of slices at unequal distances, or was skipped, of too few."""
+    files = write(tmp_path / "in" / "a", cine(slices=7))
+    uids = {"StudyInstanceUID": f"{ROOT}22", "SeriesInstanceUID": f"{ROOT}23", "PatientID": "MRN4712"}
+    write(tmp_path / "in" / "b", cine(lambda z, t: uids | {"SOPInstanceUID": f"{ROOT}9.{z}.{t}"}))
+    scans = gather_scans(tmp_path / "in", tmp_path / "out", name_by=name_by).scans
+    as_run(scans, tmp_path / "out")
+    assert results_in(tmp_path / "out") == sorted(scan.case for scan in scans)
+    for z in missing:
+        for t in range(PHASES):
+            files[z * PHASES + t].unlink()
+    gather_unless_nothing(tmp_path / "in" / "a", tmp_path / "out", name_by=name_by, series=(8,))  # not asked for
+    assert results_in(tmp_path / "out") == sorted(scan.case for scan in scans)
+    kept = gather_scans(tmp_path / "in", tmp_path / "out", name_by=name_by).scans
+    assert len(kept) == PHASES and results_in(tmp_path / "out") == sorted(scan.case for scan in kept)
+
+
+def test_results_of_a_series_without_any_valid_image_are_removed(tmp_path):
+    write(tmp_path / "in", cine())
+    as_run(gather_scans(tmp_path / "in", tmp_path / "out").scans, tmp_path / "out")
+    write(tmp_path / "in", cine(lambda z, t: {"PixelSpacing": None}))
+    gather_unless_nothing(tmp_path / "in", tmp_path / "out")
+    assert results_in(tmp_path / "out") == []
+
+
+def test_results_of_a_second_stack_that_a_series_has_no_more_are_removed(tmp_path):
+    for number in (1, 2):
+        images = cine(lambda z, t, n=number: {"SOPInstanceUID": f"{ROOT}1.{z + 1}.{t + 1}.{n}"})
+        for image in images:
+            set_pixels(image, np.zeros((6, 4 + number), np.int16))
+        write(tmp_path / "in" / f"{number}", images)
+    as_run(gather_scans(tmp_path / "in", tmp_path / "out").scans, tmp_path / "out")
+    assert len(results_in(tmp_path / "out")) == 2 * PHASES
+    shutil.rmtree(tmp_path / "in" / "2")
+    scans = gather_scans(tmp_path / "in", tmp_path / "out").scans
+    assert results_in(tmp_path / "out") == [scan.case for scan in scans]
 
 
 def test_names_of_cases(tmp_path):
