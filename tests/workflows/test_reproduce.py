@@ -25,16 +25,17 @@ from cardiac_qc_plugin.data.phantom import write_acdc_like
 from cardiac_qc_plugin.reports.paper_tables import GRID, Experiment, clinical_rows, detection_rows, overlap_rows
 from cardiac_qc_plugin.transforms.failure_labels import failure_mask
 from cardiac_qc_plugin.workflows.files import read_json, read_volume, write_json
-from cardiac_qc_plugin.workflows.reproduction import ablations, stage_work, step_time
+from cardiac_qc_plugin.workflows.reproduction import ablations, plan, stage_work, step_time
 from cardiac_qc_plugin.workflows.reproduction import grid as grid_module
 from cardiac_qc_plugin.workflows.reproduction.ablations import cluster_shares, tolerance_shares
 from cardiac_qc_plugin.workflows.reproduction.grid import Grid, Settings
-from cardiac_qc_plugin.workflows.reproduction.reproduce import reproduce
+from cardiac_qc_plugin.workflows.reproduction.reproduce import reproduce, training_budgets
 from cardiac_qc_plugin.workflows.reproduction.stages import Budget, BudgetSpent, Stage, carry_out
 from cardiac_qc_plugin.workflows.reproduction.training import read_losses
 
 ROOT = Path(__file__).parents[2]
 RUN = "drn_ce/fold{}/bmap"
+CASES = ("patient002_frame01", "patient004_frame01")  # of fold 0
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,22 @@ def test_a_second_run_does_nothing_and_a_change_only_what_follows(settings, grid
     assert all(done for name, done in stages.items() if "fold0" in name)
 
 
+def test_damaged_files_are_made_anew(settings, grid, world):
+    """A scan is skipped where it has been segmented already; what somebody did to its files has to be noticed."""
+    output = world / "damaged"
+    shutil.copytree(settings.output, output)
+    names = [
+        f"{RUN.format(0)}/test/{case}/{name}" for case, name in zip(CASES, ("bayesian", "segmentation"), strict=True)
+    ]
+    files = [output / f"{name}.nii.gz" for name in names]
+    before = [path.read_bytes() for path in files]
+    files[0].write_bytes(before[0][: len(before[0]) // 2])
+    shutil.copyfile(files[1].with_name("entropy.nii.gz"), files[1])  # a whole file, but of something else
+    outcome = reproduce(replace(settings, output=output))
+    assert "1 stage(s) carried out, 12 there already" in outcome.text and outcome.failures == {}
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_killed_in_training_it_ends_with_the_same_weights(settings, world):
     """SIGKILL in the middle; afterwards every weight and every loss is that of a training that was left alone."""
     options = {"iterations": 12, "folds": 0}
@@ -231,11 +248,11 @@ def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, wor
         stage.run(Budget(1e-9))
     assert len(read_losses(stage.folder / "loss.csv")) == 1 and not stage.done
     before = written(settings.output)
-    plan = reproduce(settings, dry_run=True).text
-    assert re.search(r"drn_ce/fold0/segmentation +to do: 3 iterations, resumes near 1, \d+\.\d\d h", plan)
-    assert re.search(r"drn_ce/fold0/bmap/test +to do: 6 scans, T = 2, ", plan)
-    assert re.search(r"train cardiac_drn_segmentation: \d+\.\d+ s per step on \w+ with 1 thread", plan)
-    assert re.search(r"segment cardiac_drn_segmentation: \d+ ns per pixel, and \d+ a sample, on ", plan)
+    told = reproduce(settings, dry_run=True).text
+    assert re.search(r"drn_ce/fold0/segmentation +to do: 3 iterations, resumes near 1, \d+\.\d\d h", told)
+    assert re.search(r"drn_ce/fold0/bmap/test +to do: 6 scans, T = 2, ", told)
+    assert re.search(r"train cardiac_drn_segmentation: \d+\.\d+ s per step on \w+ with 1 thread", told)
+    assert re.search(r"segment cardiac_drn_segmentation: \d+ ns per pixel, and \d+ a sample, on ", told)
     assert written(settings.output) == before
     times = read_json(settings.output / "step_times.json").values()
     for step in (t for t in times if "seconds" in t):
@@ -243,6 +260,39 @@ def test_a_spent_budget_keeps_the_checkpoint_and_says_what_remains(settings, wor
         assert 0 < step["seconds"] and parts == pytest.approx(step["seconds"], rel=0.5)
     carry_out([stage], Budget())
     assert stage.done and len(read_losses(stage.folder / "loss.csv")) == 3
+
+
+def test_the_plan_counts_checkpoints_of_these_settings_only(settings, tmp_path, monkeypatch):
+    shares = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.25)
+    step = {"seconds": 1.0, "pass": 1, "sample": 1, "memory_gb": None, "device": "cpu", "threads": 1} | shares
+    monkeypatch.setattr(plan, "measured", lambda *arguments: step)
+    other, own = (replace(settings, output=tmp_path, folds=(0, -1), iterations=n) for n in (7200, 3600))
+    network = Grid(other).network("drn", "ce", 0)
+    checkpoint = stage_work.resume_folder(network) / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    (network.folder / "loss.csv").write_text("iteration,loss,seconds\n" + "5400,0.1,60\n")
+    line = r"drn_ce/fold0/segmentation +to do: "
+    assert re.search(line + r"7200 iterations, resumes near 5400, 0\.50 h", reproduce(other, dry_run=True).text)
+    assert re.search(line + r"3600 iterations, 1\.00 h", reproduce(own, dry_run=True).text)
+    assert "drn_ce/all/segmentation" in reproduce(replace(own, folds=(-1,)), dry_run=True).text
+    grids = [Grid(each) for each in (other, own)]
+    assert [len(training_budgets(grid)) for grid in grids if grid.by_fold()] == [1, 0]
+
+
+def test_defaults_given_explicitly_change_nothing(settings):
+    bare, given = replace(settings, iterations=None, samples=None), replace(settings, iterations=8000, samples=10)
+    first, second = (Grid(each).maps("drn", "ce", "bmap", 0, "test") for each in (bare, given))
+    assert first.settings == second.settings and first.needs[0].settings == second.needs[0].settings
+    other = Grid(replace(bare, samples=20)).maps("drn", "ce", "bmap", 0, "test")
+    assert other.settings == first.settings | {"samples": 20} and other.info["own"]["samples"] == 20
+
+
+def test_a_regime_of_one_network_beside_results_of_another(settings, grid, world):
+    """The tables show what was run with the settings of the call, which the other network cannot have been."""
+    write_json(world / "bundles/cardiac_unet_segmentation/configs/coarse.json", {"batch_size": 2})
+    own = Grid(replace(settings, regime="coarse", models=("unet",)))
+    assert {experiment.run[0] for experiment in own.over_folds()} == {"unet"}
 
 
 def test_times_of_another_precision_are_measured_anew(tmp_path, monkeypatch):

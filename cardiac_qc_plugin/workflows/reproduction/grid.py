@@ -222,9 +222,9 @@ class Settings:
         """Folder of a network's bundle."""
         return self.bundle(f"cardiac_{model}_segmentation")
 
-    def own_samples(self, model: str) -> int:
-        """Samples T of a network's b-map."""
-        return self.samples or read_json(self.segmenter(model) / "configs" / "inference.json")["samples"]
+    def default_samples(self, model: str) -> int:
+        """Samples T of a network's b-map by its bundle."""
+        return read_json(self.segmenter(model) / "configs" / "inference.json")["samples"]
 
     def scans(self, folds: Sequence[int]) -> list[Scan]:
         """Scans of some folds."""
@@ -267,8 +267,8 @@ class Grid:
         if bundle.name == DETECTOR and not (bundle / "configs" / f"{regime}.json").is_file():
             regime = "short"  # of the networks only, such as "snapshots"; the networks' stages say if they lack it
         configs = config_files(bundle, regime)
-        own = own | ({} if iterations is None else {"iterations": iterations})
         config = ConfigParser.load_config_files(configs)
+        own = own | ({} if iterations in (None, config["iterations"]) else {"iterations": iterations})
         common = {"bundle_root": str(bundle), "data_list_file_path": str(self.settings.datalist_file)}
         common |= {"dataset_dir": str(self.settings.data)} | device_setting(self.settings.device)
         common["val_interval"] = NEVER  # the fold that is left out is measured by later stages
@@ -326,14 +326,15 @@ class Grid:
         ``map`` is an uncertainty map, or one of `MEMBERS`. An e-map comes from one pass without dropout, so nothing is
         sampled for it. With another number of ``samples`` than the run has, the maps have a folder of their own.
         """
-        if samples == self.settings.own_samples(model):
+        default = self.settings.default_samples(model)
+        if samples == (self.settings.samples or default):
             samples = None
         others = [other for other in self.settings.all_folds if other != fold]
         scans = self.settings.scans([fold] if part == "test" else others)
         folder = f"{model}_{loss}/{fold_name(fold)}/{map}/{part}" + ("" if samples is None else f"_{samples}_samples")
         networks, weights = self.networks(model, loss, map, fold)
-        samples = {"emap": 0, "bmap": samples or self.settings.samples}.get(map, len(weights))
-        own = {"map": map_of(map)} | ({} if samples is None else {"samples": samples})
+        samples = {"emap": 0, "bmap": samples or self.settings.samples or default}.get(map, len(weights))
+        own = {"map": map_of(map)} | ({} if map == "bmap" and samples == default else {"samples": samples})
         bundle = self.settings.segmenter(model)
         files = (SEGMENTATION_FILE, MAP_FILES[map_of(map)])
         return self.stage(
@@ -472,10 +473,18 @@ class Grid:
         asked, experiments = self.settings, []
         for model, losses in LOSSES_OF.items():
             for loss in losses:
-                if (model, loss) in asked.combinations or (not planned and (asked.output / f"{model}_{loss}").is_dir()):
+                if (model, loss) in asked.combinations or (not planned and self.may_have(model, loss)):
                     for map in asked.maps if planned else MAP_FILES:
                         experiments += self.measured((model, loss, map), over)
         return experiments
+
+    def may_have(self, model: str, loss: str) -> bool:
+        """Whether the output may have results of a network that is not asked for."""
+        try:
+            config_files(self.settings.segmenter(model), self.settings.regime)
+        except ValueError:
+            return False  # never trained by this regime
+        return (self.settings.output / f"{model}_{loss}").is_dir()
 
     def measured(self, key: tuple[str, str, str], over: Callable) -> list[Experiment]:
         """Measurements of one network and map, over the folds and stages that `over` gives for a stage of a fold."""

@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 from monai.bundle import ConfigParser
 
+from .stage_work import resume_folder
 from .stages import Stage
 from .step_time import inference_time, measured, training_step
 from .training import checkpoint_iteration
@@ -28,7 +29,7 @@ def training_estimate(stage: Stage, measure: Any) -> tuple[str, float, dict[str,
     info = stage.info
     own = {key: value for key, value in info["own"].items() if key in ("region_size", "see_segmentation")}
     step = measure(training_step, info["configs"], own | info["device"])
-    done = max([checkpoint_iteration(stage.folder / "loss.csv", d) for d in stage.folder.glob("resume_*")], default=0)
+    done = checkpoint_iteration(stage.folder / "loss.csv", resume_folder(stage))
     note = f"{info['iterations']} iterations" + (f", resumes near {done}" if done else "")
     return note, step["seconds"] * (info["iterations"] - done), step
 

@@ -12,6 +12,7 @@ from ..references import Outcome
 from .grid import Grid, Settings
 from .on_ray import carry_out_on_ray
 from .plan import describe
+from .stage_work import resume_folder
 from .stages import Budget, Progress, carry_out
 from .training import read_losses
 
@@ -50,14 +51,14 @@ def reproduce(
             f"{stages[0].name}/model.pt. docs/reproduce.md lays it out."
         )
     if dry_run:
-        stages += [experiment.stage for experiment in grid.over_folds(planned=True)]
+        stages += [experiment.stage for experiment in grid.over_folds(planned=True) if experiment.stage]
         return Outcome(describe(stages, settings.output), {})
     work = carry_out if cluster is None else partial(carry_out_on_ray, cluster=cluster)
     progress = work(stages, budget)
     experiments = grid.over_folds()
     measured = work([e.stage for e in experiments if e.stage], Budget())  # seconds each, and worth having
     write_reproduction(settings.output, experiments, training_budgets(grid))
-    planned = {experiment.stage.name: experiment.stage for experiment in grid.over_folds(planned=True)}
+    planned = {e.stage.name: e.stage for e in grid.over_folds(planned=True) if e.stage}
     progress.remaining += [n for n, stage in planned.items() if not stage.done and n not in measured.failures]
     return finish(progress, measured, settings.output)
 
@@ -73,8 +74,8 @@ def training_budgets(grid: Grid) -> list[dict[str, Any]]:
             unknown = dict.fromkeys(("iterations", "of", "finished", "hours", "last_loss"))
             rows.append({"training": stage.name, "regime": "trained elsewhere"} | unknown)
             continue
-        losses = read_losses(stage.folder / "loss.csv") if stage.info["kind"] == "train" else []
-        if losses:
+        is_training = stage.info["kind"] == "train" and (stage.done or resume_folder(stage).is_dir())
+        if losses := read_losses(stage.folder / "loss.csv") if is_training else []:
             iteration, loss, seconds = losses[-1]
             rows.append(
                 {"training": stage.name, "regime": stage.info["regime"], "iterations": int(iteration)}

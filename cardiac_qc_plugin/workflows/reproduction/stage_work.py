@@ -27,11 +27,16 @@ def inference_digest(bundle: Path) -> str:
     return digest((bundle / "configs" / "inference.json").read_text())
 
 
+def resume_folder(stage: Stage) -> Path:
+    """Where a training with the stage's present inputs leaves its checkpoint."""
+    return stage.folder / f"resume_{stage.digest()[:12]}"
+
+
 def train_network(
     configs: list[str], settings: dict[str, Any], tracking: str | None, stage: Stage, budget: Budget
 ) -> None:
     """Train into the stage's folder; checkpoints of other settings are removed."""
-    resume = stage.folder / f"resume_{stage.digest()[:12]}"
+    resume = resume_folder(stage)
     for other in set(stage.folder.glob("resume_*")) - {resume}:
         shutil.rmtree(other)
     paths = {"ckpt_dir": str(stage.folder), "ckpt_path": str(stage.folder / "model.pt"), "resume_dir": str(resume)}

@@ -120,6 +120,7 @@ class Stage:
             BudgetSpent: if it stopped early.
             ValueError: if it ended without one of its files.
         """
+        self._remove_damaged()
         self.record.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
@@ -133,6 +134,13 @@ class Stage:
             raise ValueError(f"{self.folder / missing[0]} was not written.")
         record = {"digest": self.digest(), "settings": self.settings, "outputs": outputs, "version": __version__}
         write_json(self.record, record | {"seconds": round(time.perf_counter() - start, 1)})
+
+    def _remove_damaged(self) -> None:
+        """Remove files that are not those of the record: the work takes what it finds for its own."""
+        recorded = read_json(self.record).get("outputs", {}) if self.record.is_file() else {}
+        for name, value in self.hashes().items():
+            if recorded.get(name, value) != value:
+                (self.folder / name).unlink(missing_ok=True)
 
 
 @dataclass
